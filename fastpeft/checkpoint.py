@@ -1,0 +1,213 @@
+"""Write and read adapter folders in PEFT's format: ``adapter_config.json`` + ``adapter_model.safetensors``.
+
+Files are written under temporary names, flushed to the disk and renamed, so that a failed or killed save
+leaves the old files whole. Reading compares everything first and copies only if all of it fits. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastpeft import peft_format
+from fastpeft.config import LoRA
+from fastpeft.errors import CheckpointError, PatchError
+from fastpeft.layers.adapter import AdapterSpec
+from fastpeft.patching import adapter_layers, apply_patch, unpatch
+from fastpeft.state import find_state, require_state
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the model's adapter to a folder that PEFT (``PeftModel.from_pretrained``) and :func:`load` read.
+
+    Args:
+        model: a patched model.
+        folder: made if it does not exist; files of an earlier save in it are replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PatchError: the model is not patched.
+        CheckpointError: the folder cannot be written; files already there stay whole.
+    """
+    state = require_state(model, "save")
+    path = Path(folder)
+    tensors = {
+        key: parameter.detach().to("cpu").contiguous().clone()
+        for key, parameter in peft_format.file_parameters(model, state).items()
+    }
+    config = json.dumps(peft_format.to_peft_config(model, state), indent=2) + "\n"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as scratch:
+            weights_file, config_file = Path(scratch, WEIGHTS_NAME), Path(scratch, CONFIG_NAME)
+            save_file(tensors, weights_file, metadata={"format": "pt"})
+            config_file.write_text(config, encoding="utf-8")
+            for file in (weights_file, config_file):
+                _flush(file)
+            weights_file.replace(path / WEIGHTS_NAME)
+            config_file.replace(path / CONFIG_NAME)
+        _flush(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"save: cannot write to {path}: {error}") from error
+    return path
+
+
+def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -> ModelT:
+    """Read an adapter folder, written by :func:`save` or by PEFT, into the model.
+
+    A model that is not patched is patched as the folder's configuration says. A patched one must carry an
+    adapter of the same shape: same modules, ranks, scaling and method.
+
+    Args:
+        model: the base model, patched or not.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: the adapter's name in the model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of another base model or of another method; the
+            message lists what differs and the model is left as it was.
+    """
+    path = Path(folder)
+    config = _read_config(path)
+    lora = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
+    tensors = _read_weights(path)
+    patched_here = find_state(model) is None
+    if patched_here:
+        try:
+            apply_patch(model, lora, name, allow_unmatched=True)
+        except PatchError as error:
+            raise CheckpointError(
+                f"{path} does not fit this model: {error}{_bases(model, config)}"
+            ) from error
+    state = require_state(model, "load")
+    try:
+        if state.adapter_name != name:
+            raise CheckpointError(
+                f"load: the model carries the adapter {state.adapter_name!r}, asked for {name!r}; "
+                "several adapters in one model are not supported yet"
+            )
+        if not patched_here:
+            reference = {p: layer.specs[name] for p, layer in adapter_layers(model)}
+            _compare_specs(path, reference, lora)
+        parameters = peft_format.file_parameters(model, state)
+        _compare_tensors(path, parameters, tensors, _bases(model, config))
+    except CheckpointError:
+        if patched_here:
+            unpatch(model)
+        raise
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    _warn_of_other_base(path, model, config)
+    return model
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"load: {path} {what}; expected a folder with {CONFIG_NAME}")
+    file = path / CONFIG_NAME
+    content = _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS_NAME
+    if not file.is_file() and (path / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"load: {path} holds only adapter_model.bin, a pickle, which fastpeft never reads; "
+            f"save it again as {WEIGHTS_NAME}"
+        )
+    tensors = _read(file, lambda: load_file(file))
+    return {peft_format.normalised_key(key): tensor for key, tensor in tensors.items()}
+
+
+T = TypeVar("T")
+
+
+def _read(file: Path, reader: Callable[[], T]) -> T:
+    if not file.is_file():
+        raise CheckpointError(f"load: {file.parent} has no {file.name}")
+    try:
+        return reader()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"load: {file} is damaged or cut short: {error}") from error
+
+
+def _compare_specs(path: Path, ours: Mapping[str, AdapterSpec], theirs: LoRA) -> None:
+    differences = []
+    for module, spec in ours.items():
+        expected = (spec.r, spec.scaling, spec.use_dora)
+        found = (theirs.rank_of(module), theirs.scaling_of(module), theirs.use_dora)
+        if expected != found:
+            differences.append(
+                f"{module}: the model has r={expected[0]}, scaling={expected[1]:g}, use_dora={expected[2]}; "
+                f"the folder has r={found[0]}, scaling={found[1]:g}, use_dora={found[2]}"
+            )
+    if differences:
+        raise CheckpointError(f"{path} does not fit the patched model:\n  " + _lines(differences))
+
+
+def _compare_tensors(
+    path: Path, expected: Mapping[str, nn.Parameter], found: Mapping[str, Tensor], bases: str
+) -> None:
+    differences = [
+        f"{key}: expected shape {list(expected[key].shape)}, got {list(found[key].shape)}"
+        for key in expected.keys() & found.keys()
+        if expected[key].shape != found[key].shape
+    ]
+    differences += [f"{key}: missing in the file" for key in expected.keys() - found.keys()]
+    differences += [f"{key}: in the file, not in the model" for key in found.keys() - expected.keys()]
+    if differences:
+        file = path / WEIGHTS_NAME
+        raise CheckpointError(f"{file} does not fit the model{bases}:\n  " + _lines(sorted(differences)))
+
+
+def _lines(differences: list[str], shown: int = 12) -> str:
+    more = [f"... and {len(differences) - shown} more"] if len(differences) > shown else []
+    return "\n  ".join(differences[:shown] + more)
+
+
+def _bases(model: nn.Module, config: Mapping[str, object]) -> str:
+    theirs, ours = str(config.get("base_model_name_or_path") or ""), peft_format.base_model_name(model)
+    if not theirs:
+        return ""
+    return f" (the adapter was made for {theirs!r}, the model is {ours or type(model).__name__!r})"
+
+
+def _warn_of_other_base(path: Path, model: nn.Module, config: Mapping[str, object]) -> None:
+    theirs, ours = str(config.get("base_model_name_or_path") or ""), peft_format.base_model_name(model)
+    if theirs and ours and Path(theirs).name != Path(ours).name:
+        warnings.warn(
+            f"{path}: the adapter fits, but was made for {theirs!r} and the model is {ours!r}", stacklevel=3
+        )

@@ -1,0 +1,107 @@
+"""What the LoRA and DoRA ops share: input checks, dropout from a seed, scaled casts, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastpeft.backend import ResolvedBackend
+from fastpeft.errors import ShapeError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def check_inputs(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> None:
+    """Raise one ShapeError that names what does not fit; nothing here reads tensor data."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"{op}: expected x [..., in_features] and weight [out_features, in_features], "
+            f"got x {list(x.shape)} and weight {list(weight.shape)}"
+        )
+    out_features, in_features = weight.shape
+    r = lora_A.shape[0]
+    if lora_A.shape != (r, in_features) or lora_B.shape != (out_features, r):
+        raise ShapeError(
+            f"{op}: expected lora_A [r, {in_features}] and lora_B [{out_features}, r], "
+            f"got lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ShapeError(f"{op}: expected bias [{out_features}], got {list(bias.shape)}")
+    if x.dtype != weight.dtype:
+        raise ShapeError(f"{op}: expected x in the weight's dtype {weight.dtype}, got {x.dtype}")
+    if not (x.device == weight.device == lora_A.device == lora_B.device):
+        raise ShapeError(
+            f"{op}: expected all tensors on one device, got x on {x.device}, weight on {weight.device}, "
+            f"lora_A on {lora_A.device}, lora_B on {lora_B.device}"
+        )
+
+
+def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast to autocast's dtype where it is on, as ``F.linear`` would; adapters keep their own dtype."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype is torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run an op's implementation with autocast off.
+
+    A custom op's body still sees the caller's autocast state (backward inside an autocast block does too),
+    which would silently move the fp32 parts, such as DoRA's norm, to 16 bits.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def draw_seed(x: Tensor, dropout_p: float, backend: ResolvedBackend) -> Tensor | None:
+    """Draw a dropout seed, [1] int64, from torch's generator, which activation checkpointing restores.
+
+    It lies where it is read: on the device for a kernel, on the host for ``torch.Generator``.
+    """
+    if dropout_p == 0.0:
+        return None
+    device = x.device if backend == "triton" else torch.device("cpu")
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Return the mask of ``seed``, already scaled by 1/(1-p), in the shape, dtype and device of ``like``.
+
+    The same seed gives the same mask, so backward draws it again and no mask is stored.
+    """
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return mask.bernoulli_(1.0 - dropout_p, generator=generator).div_(1.0 - dropout_p)
+
+
+def scaled_cast(matrix: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return ``scaling * matrix`` in ``dtype``, rounded once: the product is taken in fp32 (or fp64)."""
+    if scaling == 1.0:
+        return matrix.to(dtype)
+    return (matrix.to(accumulation_dtype(matrix.dtype)) * scaling).to(dtype)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def flatten_tokens(x: Tensor) -> Tensor:
+    """[..., features] to [tokens, features], a view wherever the strides allow one."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

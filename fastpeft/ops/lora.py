@@ -1,0 +1,279 @@
+"""LoRA linear: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``  (Hu et al. 2021, arXiv 2106.09685).
+
+Neither ``B A`` nor ``W + scaling B A`` ([out_features, in_features]) is ever formed.
+
+Backward, with ``S = drop(x) A^T`` and ``s = scaling``::
+
+    dS = s dY B        dB = s dY^T S        dA = dS^T drop(x)
+    dx = dY W + mask * (dS A)               dbias = colsum(dY)
+
+Saved for backward: ``S [tokens, r]`` and references to ``x`` (only where ``lora_A`` trains), ``weight``,
+``lora_A`` and ``lora_B``. No cast copy of ``x`` and no dropout mask: the mask is drawn again from its seed.
+Adapters kept in fp32 over a 16-bit base are rounded to the base's dtype for the products, which accumulate
+in fp32; their gradients come back in their own dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft import backend as backends
+from fastpeft.ops._common import (
+    autocast_inputs,
+    check_inputs,
+    draw_seed,
+    dropout_mask,
+    flatten_tokens,
+    scaled_cast,
+    without_autocast,
+)
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The formula, line for line, in whatever dtype it is given; ``mask`` is 0 or 1/(1-p) per element of x."""
+    dropped = x if mask is None else x * mask
+    return F.linear(x, weight, bias) + scaling * ((dropped @ lora_A.T) @ lora_B.T)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """LoRA linear as one differentiable op.
+
+    Args:
+        x: ``[..., in_features]``, any strides, zero tokens allowed.
+        weight: ``[out_features, in_features]``, any strides (a transposed Conv1D weight is a view), x's dtype.
+        bias: ``[out_features]`` or None.
+        lora_A: ``[r, in_features]``, x's dtype or fp32.
+        lora_B: ``[out_features, r]``, likewise.
+        scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA.
+        dropout_p: probability of zeroing an element of x on its way to ``lora_A``; 0 outside training.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype (in autocast's, where that is on).
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit together.
+        BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
+    """
+    x, weight, bias = autocast_inputs(x, weight, bias)
+    check_inputs("lora_linear", x, weight, bias, lora_A, lora_B)
+    if weight.requires_grad and torch.is_grad_enabled():
+        # The op has no gradient for W (its point is a frozen base): plain autograd has.
+        mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return lora_linear_reference(x, weight, bias, A, B, scaling, mask)
+    backend = backends.resolve(x, op="lora_linear")
+    seed = draw_seed(x, dropout_p, backend)
+    y, _ = torch.ops.fastpeft.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
+    return y  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
+@without_autocast
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return y [..., out_features] and S [tokens, r]."""
+    tokens = flatten_tokens(x)
+    forward = _kernels().lora_forward if backend == "triton" else _forward_torch
+    y, S = forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    return y.view(*x.shape[:-1], weight.shape[0]), S
+
+
+@torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
+@without_autocast
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    need: list[bool],
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Return the gradients that ``need`` asks for, out of (x, lora_A, lora_B, bias), in that order."""
+    tokens = None if x is None else flatten_tokens(x)
+    backward = _kernels().lora_backward if backend == "triton" else _backward_torch
+    dx, dA, dB, dbias = backward(
+        flatten_tokens(dy),
+        tokens,
+        weight,
+        lora_A,
+        lora_B,
+        S,
+        scaling,
+        dropout_p,
+        seed,
+        need_x=need[0],
+        need_A=need[1],
+        need_B=need[2],
+        need_bias=need[3],
+        bias_dtype=bias_dtype,
+    )
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
+
+
+def _forward_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dropped = x if seed is None else x * dropout_mask(x, dropout_p, seed)
+    S = dropped @ lora_A.to(x.dtype).t()
+    y = F.linear(x, weight, bias)
+    # In place, so that the rank-r product costs one pass over y and no [tokens, out_features] temporary.
+    y.addmm_(S, scaled_cast(lora_B, scaling, x.dtype).t())
+    return y, S
+
+
+def _backward_torch(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_bias: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dx = dA = dB = dbias = mask = None
+    if seed is not None and (need_x or need_A):
+        mask = dropout_mask(dy.new_empty(()).expand(dy.shape[0], weight.shape[1]), dropout_p, seed)
+    if need_x or need_A:
+        dS = dy @ scaled_cast(lora_B, scaling, dy.dtype)
+    if need_x:
+        dx = dy @ weight
+        if mask is None:
+            dx.addmm_(dS, lora_A.to(dy.dtype))
+        else:
+            dx.addcmul_(dS @ lora_A.to(dy.dtype), mask)
+    if need_A:
+        assert x is not None
+        dA = (dS.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
+    if need_B:
+        dB = scaled_cast(dy.t() @ S, scaling, lora_B.dtype)
+    if need_bias:
+        dbias = dy.sum(0, dtype=bias_dtype)
+    return dx, dA, dB, dbias
+
+
+def _kernels() -> Any:
+    import fastpeft_kernels
+
+    return fastpeft_kernels
+
+
+@_lora_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[:-1].numel()
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(tokens, lora_A.shape[0])
+
+
+@_lora_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    need: list[bool],
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    gradients = [
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need[0] else None,
+        torch.empty_like(lora_A) if need[1] else None,
+        torch.empty_like(lora_B) if need[2] else None,
+        dy.new_empty(weight.shape[0], dtype=bias_dtype) if need[3] else None,
+    ]
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend = inputs
+    _, S = output
+    need_A = ctx.needs_input_grad[3]
+    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S, seed)
+    ctx.mark_non_differentiable(S)
+    ctx.set_materialize_grads(False)
+    ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _dS: None) -> tuple[Tensor | None, ...]:
+    x_grad, _, bias_grad, A_grad, B_grad = ctx.needs_input_grad[:5]
+    if dy is None:
+        return (None,) * 9
+    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+    scaling, dropout_p, backend, bias_dtype = ctx.options
+    need = [x_grad, A_grad, B_grad, bias_grad]
+    gradients = iter(
+        torch.ops.fastpeft.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, backend, need, bias_dtype
+        )
+    )
+    dx, dA, dB, dbias = (next(gradients) if needed else None for needed in need)
+    return dx, None, dbias, dA, dB, None, None, None, None
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,244 @@
+"""Put adapters on a model in place, and take them off again.
+
+``patch`` first plans (everything that can fail fails here, with the model untouched), then builds the new
+modules, then swaps them in.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastpeft.config import LoRA, as_lora
+from fastpeft.errors import PatchError
+from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
+from fastpeft.layers.kinds import adapter_class
+from fastpeft.patch_report import ModuleReport, PatchReport
+from fastpeft.state import PatchState, find_state, require_state, store_state
+from fastpeft.targets import Selection, listed, match_names, select
+
+logger = logging.getLogger("fastpeft")
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -> ModelT:
+    """Put a LoRA or DoRA adapter on the model's linear layers, in place, and freeze everything else.
+
+    Args:
+        model: any ``nn.Module``, usually a transformers model. Its linears keep their weights (the same
+            Parameter objects, tied ones stay tied); their modules are replaced by drop-in ones.
+        config: a :class:`fastpeft.LoRA`, a ``peft.LoraConfig``, or None for LoRA with r=16 on every linear
+            inside the repeated blocks.
+        adapter_name: the adapter's name in the model's state_dict; files do not hold it.
+
+    Returns:
+        The same model. :func:`fastpeft.report` tells what was done to each module. Patching it again with an
+        equal configuration changes nothing.
+
+    Raises:
+        ConfigError: the configuration cannot work.
+        PatchError: a target matches nothing, a named module cannot be patched, or the model already carries
+            other adapters. The model is left as it was.
+    """
+    # PEFT users list the names of several model families at once: for them one match is enough.
+    allow_unmatched = config is not None and not isinstance(config, LoRA)
+    return apply_patch(model, as_lora(config), adapter_name, allow_unmatched=allow_unmatched)
+
+
+def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
+    """:func:`patch`, with the choice whether an entry of ``target_modules`` may match nothing."""
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
+    if not adapter_name or "." in adapter_name:
+        raise PatchError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
+    if (state := find_state(model)) is not None:
+        if state.config == config and state.adapter_name == adapter_name:
+            return model
+        raise PatchError(
+            f"this {type(model).__name__} is already patched with {state.config} as {state.adapter_name!r}; "
+            "call fastpeft.unpatch(model) before patching it with another configuration"
+        )
+    _refuse_foreign_adapters(model)
+    selection = select(model, config, allow_unmatched=allow_unmatched)
+    saved = _modules_to_save(model, config)
+    replacements = _build(selection, config, adapter_name)
+    trained = {path: copy.deepcopy(module) for path, module in saved.items()}
+    _swap_in(model, config, adapter_name, selection, replacements, trained)
+    logger.info("fastpeft: %s", report(model).summary())
+    return model
+
+
+def unpatch(model: ModelT) -> ModelT:
+    """Take the adapter off: the original modules, requires_grad flags and base values come back bitwise.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    state = require_state(model, "unpatch")
+    for path, original in state.originals.items():
+        _bring_up_to_date(original, model.get_submodule(path))
+        _set_submodule(model, path, original)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in state.trained_values.items():
+            parameters[name].copy_(value)
+    for name, flag in state.requires_grad.items():
+        parameters[name].requires_grad_(flag)
+    store_state(model, None)
+    return model
+
+
+def report(model: nn.Module) -> PatchReport:
+    """Return what :func:`patch` did to every module of the model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    return require_state(model, "report").report
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterMixin]]:
+    """Yield (path, module) of every patched layer, each once, in the model's order."""
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, AdapterMixin))
+
+
+def _refuse_foreign_adapters(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        where = f"{path or type(model).__name__}"
+        if type(module).__module__.split(".")[0] == "peft":
+            raise PatchError(
+                f"{where} is PEFT's {type(module).__name__}: accelerating a PEFT model in place is not "
+                "supported yet; patch the plain model and read the adapter with fastpeft.load(model, folder)"
+            )
+        if find_state(module) is not None or isinstance(module, AdapterMixin):
+            raise PatchError(f"{where} is already patched by fastpeft, inside this model")
+        if hasattr(module, "lora_A") or hasattr(module, "lora_B"):
+            raise PatchError(
+                f"{where} ({type(module).__name__}) already carries LoRA adapters of another library; "
+                "expected a plain model"
+            )
+
+
+def _modules_to_save(model: nn.Module, config: LoRA) -> dict[str, nn.Module]:
+    """Return the outermost modules that ``modules_to_save`` names, by path."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path and not inside and match_names(config.modules_to_save, path):
+            found[path] = module
+    missing = [n for n in config.modules_to_save if not any(match_names((n,), path) for path in found)]
+    if missing:
+        raise PatchError(f"modules_to_save: no module of the model matches {listed(missing)}")
+    return found
+
+
+def _build(selection: Selection, config: LoRA, adapter_name: str) -> dict[str, AdapterMixin]:
+    """Return the replacement of every target; a module shared by several paths has one replacement."""
+    by_identity: dict[int, AdapterMixin] = {}
+    replacements: dict[str, AdapterMixin] = {}
+    for path, module in selection.targets.items():
+        if id(module) not in by_identity:
+            kind = adapter_class(module)
+            assert kind is not None, path  # select() has checked it
+            layer = kind.__new__(kind)
+            layer.adopt(module)
+            layer.add_adapter(
+                adapter_name,
+                AdapterSpec(
+                    r=config.rank_of(path),
+                    scaling=config.scaling_of(path),
+                    lora_dropout=config.lora_dropout,
+                    use_dora=config.use_dora,
+                    init_lora_weights=config.init_lora_weights,
+                ),
+            )
+            by_identity[id(module)] = layer
+        replacements[path] = by_identity[id(module)]
+    return replacements
+
+
+def _swap_in(
+    model: nn.Module,
+    config: LoRA,
+    adapter_name: str,
+    selection: Selection,
+    replacements: dict[str, AdapterMixin],
+    trained: dict[str, nn.Module],
+) -> None:
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    originals = {path: model.get_submodule(path) for path in [*replacements, *trained]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, module in [*replacements.items(), *trained.items()]:
+        _set_submodule(model, path, module)
+    for module in trained.values():
+        module.requires_grad_(True)
+    biases = dict(_trained_biases(model, config))
+    for bias in biases.values():
+        bias.requires_grad_(True)
+    parameters = list(model.parameters())
+    state = PatchState(
+        config=config,
+        adapter_name=adapter_name,
+        originals=originals,
+        requires_grad=requires_grad,
+        trained_values={name: bias.detach().clone() for name, bias in biases.items()},
+        saved_modules=tuple(trained),
+        report=PatchReport(
+            modules=tuple(_module_reports(model, selection, replacements, trained)),
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            total_parameters=sum(p.numel() for p in parameters),
+            unmatched=selection.unmatched,
+        ),
+    )
+    store_state(model, state)
+
+
+def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (qualified name, Parameter) of the base's biases that the configuration trains."""
+    if config.bias == "all":
+        yield from ((n, p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias")
+    elif config.bias == "lora_only":
+        yield from ((f"{n}.bias", m.bias) for n, m in adapter_layers(model) if m.bias is not None)
+
+
+def _module_reports(
+    model: nn.Module,
+    selection: Selection,
+    replacements: dict[str, AdapterMixin],
+    trained: dict[str, nn.Module],
+) -> Iterator[ModuleReport]:
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    for path, layer in replacements.items():
+        tied = [other for other in owners[id(layer.weight)] if other not in replacements]
+        detail = layer.adapter_repr() + (f", weight tied to {listed(tied)}" if tied else "")
+        yield ModuleReport(path, "patched", detail)
+    for path, module in trained.items():
+        yield ModuleReport(path, "trained", f"{type(module).__name__}, whole (modules_to_save)")
+    for path, reason in selection.skipped.items():
+        if path not in trained:
+            yield ModuleReport(path, "skipped", reason)
+
+
+def _bring_up_to_date(original: nn.Module, current: nn.Module) -> None:
+    """Carry over to a module that waited outside the model what happened to the one in its place."""
+    original.train(current.training)
+    if isinstance(current, AdapterMixin):
+        for name in original._parameters:
+            original._parameters[name] = current._parameters[name]
+    elif (reference := next(current.parameters(), None)) is not None:
+        original.to(device=reference.device, dtype=reference.dtype)
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module

@@ -1,0 +1,111 @@
+"""PEFT's checkpoint format: which key belongs to which Parameter, and what ``adapter_config.json`` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fastpeft.config import LoRA
+from fastpeft.errors import CheckpointError, ConfigError
+from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.patching import adapter_layers
+from fastpeft.state import PatchState
+from fastpeft.targets import match_names
+
+PREFIX = "base_model.model."
+# Only where PEFT's class for the task trains nothing on its own accord.
+_TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+
+
+def file_parameters(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
+    """Return the Parameters that the adapter's file holds, by their key in it, in the model's order."""
+    layers = dict(adapter_layers(model))
+    name = state.adapter_name
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in layers.items():
+        found[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name]
+        found[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
+        if layer.specs[name].use_dora:
+            found[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
+    parameters = dict(model.named_parameters())
+    for bias_name in state.trained_values:
+        owner = bias_name.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if owner in layers else bias_name
+        found[f"{PREFIX}{key}"] = parameters[bias_name]
+    for path in state.saved_modules:
+        for parameter_name, parameter in model.get_submodule(path).named_parameters():
+            found[f"{PREFIX}{path}.{parameter_name}"] = parameter
+    return found
+
+
+def normalised_key(key: str) -> str:
+    """Return a file's key as :func:`file_parameters` spells it (older PEFT files add ``.weight`` to DoRA's m)."""
+    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+
+
+def to_peft_config(model: nn.Module, state: PatchState) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for the model's adapter.
+
+    ``target_modules`` is written out, as the shortest names that mean exactly the patched modules, so that
+    PEFT and another version of fastpeft find the same ones.
+    """
+    layers = dict(adapter_layers(model))
+    content: dict[str, Any] = {
+        field.name: getattr(state.config, field.name) for field in dataclasses.fields(state.config)
+    }
+    content.update(
+        peft_type="LORA",
+        task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
+        base_model_name_or_path=base_model_name(model) or None,
+        inference_mode=True,
+        fan_in_fan_out=any(_is_transposed(layer) for layer in layers.values()),
+        target_modules=_shortest_names(model, layers, state.config.modules_to_save),
+        exclude_modules=None,
+        layers_to_transform=None,
+        modules_to_save=list(state.config.modules_to_save) or None,
+    )
+    return dict(sorted(content.items()))
+
+
+def from_peft_config(content: object, where: str) -> LoRA:
+    """Return the LoRA that the content of ``adapter_config.json`` describes.
+
+    Raises:
+        CheckpointError: it describes something that fastpeft cannot load.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    try:
+        config = LoRA.from_peft(content)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    # A file's adapter weights replace whatever the initialisation gave.
+    return dataclasses.replace(config, init_lora_weights=True)
+
+
+def base_model_name(model: nn.Module) -> str:
+    """Return the name or path a transformers model was loaded from, or an empty string."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+
+
+def _is_transposed(layer: AdapterMixin) -> bool:
+    return layer.weight_out_in() is not layer.weight
+
+
+def _shortest_names(model: nn.Module, layers: Iterable[str], modules_to_save: tuple[str, ...]) -> list[str]:
+    """Return last name components where PEFT's rule makes them mean exactly ``layers``; else whole paths."""
+    wanted = set(layers)
+    names = sorted({path.rpartition(".")[2] for path in wanted})
+    inside_layer = re.compile("|".join(re.escape(f"{path}.") for path in wanted)) if wanted else None
+    matched = {
+        path
+        for path, _ in model.named_modules()
+        if match_names(names, path)
+        and not (inside_layer and inside_layer.match(path))
+        and not any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", path) for saved in modules_to_save)
+    }
+    return names if matched == wanted else sorted(wanted)

@@ -1,0 +1,201 @@
+"""Which modules a configuration means: names, suffixes, a regular expression, all-linear, or the blocks."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastpeft.config import ALL_LINEAR, LoRA
+from fastpeft.errors import PatchError
+from fastpeft.layers.kinds import adapter_class, is_linear_like
+
+_SHOWN = 8  # names listed in an error before "and N more"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules to patch by path, the linears left out with the reason, and entries that matched nothing."""
+
+    targets: dict[str, nn.Module]
+    skipped: dict[str, str]
+    unmatched: tuple[str, ...]
+
+
+def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selection:
+    """Return the modules of ``model`` that ``config`` targets.
+
+    Args:
+        model: any nn.Module.
+        config: its ``target_modules``, ``exclude_modules``, ``modules_to_save`` and ``layers_to_transform``.
+        allow_unmatched: accept entries of ``target_modules`` that match nothing, as long as another matches
+            (PEFT's rule; ours is that every entry must match).
+
+    Raises:
+        PatchError: nothing matches, an entry matches nothing, or a named module cannot be patched.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    blocks = dict(repeated_blocks(model))
+    explicit = config.target_modules is not None and config.target_modules != ALL_LINEAR
+    skipped: dict[str, str] = {}
+    targets: dict[str, nn.Module] = {}
+    wanted = _explicit(modules, config) if explicit else _implicit(model, modules, blocks, config, skipped)
+    for path in wanted:
+        module = modules[path]
+        if (reason := _left_out(path, blocks, config)) is not None:
+            skipped[path] = reason
+        elif (problem := unpatchable(module)) is None:
+            targets[path] = module
+        elif explicit and not isinstance(config.target_modules, str):
+            raise PatchError(f"{path}: {problem}; expected nn.Linear or transformers' Conv1D")
+        else:
+            skipped[path] = problem
+    unmatched = _unmatched(modules, config) if explicit else ()
+    if unmatched and not (allow_unmatched and targets):
+        raise PatchError(_no_match_message(unmatched, modules))
+    if not targets:
+        raise PatchError(_nothing_message(model, config, skipped))
+    for path, module in modules.items():
+        if path not in targets and path not in skipped and is_linear_like(module):
+            skipped[path] = "not targeted"
+    return Selection(targets, skipped, unmatched)
+
+
+def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield (path, index) of the blocks: children of the outermost lists of modules of one class."""
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, int]]:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(child, (nn.ModuleList, nn.Sequential)) and _is_stack(child):
+                yield from ((f"{path}.{index}", index) for index in range(len(child)))
+            else:
+                yield from walk(child, f"{path}.")
+
+    yield from walk(model, "")
+
+
+def _is_stack(container: nn.ModuleList | nn.Sequential) -> bool:
+    kinds = {type(child) for child in container}
+    has_linear = any(is_linear_like(m) for m in container.modules())
+    leaves = any(is_linear_like(child) for child in container)
+    return len(kinds) == 1 and has_linear and not leaves
+
+
+def match_names(names: Iterable[str], path: str) -> bool:
+    """PEFT's rule for lists: a name is the whole path or, after a dot, its end."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _matches(selector: Sequence[str] | str | None, path: str) -> bool:
+    if selector is None:
+        return False
+    if isinstance(selector, str):
+        return re.fullmatch(selector, path) is not None
+    return match_names(selector, path)
+
+
+def _explicit(modules: dict[str, nn.Module], config: LoRA) -> list[str]:
+    # A regular expression names what it can reach; containers that it also happens to match are not meant.
+    def meant(path: str, module: nn.Module) -> bool:
+        if isinstance(config.target_modules, str):
+            return is_linear_like(module) or not any(True for _ in module.children())
+        return True
+
+    return [p for p, m in modules.items() if p and _matches(config.target_modules, p) and meant(p, m)]
+
+
+def _implicit(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    blocks: dict[str, int],
+    config: LoRA,
+    skipped: dict[str, str],
+) -> list[str]:
+    linears = [path for path, module in modules.items() if path and is_linear_like(module)]
+    if config.target_modules is None:
+        return [path for path in linears if _block_index(path, blocks) is not None]
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    heads = {id(output)} if output is not None else set()
+    if output is None and type(model).__name__.endswith("ForSequenceClassification"):
+        # PEFT leaves a classification head, which is trained whole, out of all-linear.
+        heads = {id(getattr(model, name, None)) for name in ("score", "classifier")}
+    for path in linears:
+        if id(modules[path]) in heads:
+            skipped[path] = "output layer, not part of all-linear"
+    return [path for path in linears if path not in skipped]
+
+
+def _left_out(path: str, blocks: dict[str, int], config: LoRA) -> str | None:
+    if _matches(config.exclude_modules, path):
+        return "in exclude_modules"
+    if any(match_names(config.modules_to_save, prefix) for prefix in _prefixes(path)):
+        return "in modules_to_save"
+    if config.layers_to_transform is not None:
+        index = _block_index(path, blocks)
+        if index not in config.layers_to_transform:
+            return "outside layers_to_transform"
+    return None
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """Yield "a", "a.b", "a.b.c" for "a.b.c"."""
+    parts = path.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _block_index(path: str, blocks: dict[str, int]) -> int | None:
+    return next((blocks[prefix] for prefix in _prefixes(path) if prefix in blocks), None)
+
+
+def unpatchable(module: nn.Module) -> str | None:
+    """Return why a module cannot be patched, or None if it can."""
+    kind = type(module).__name__
+    if adapter_class(module) is None:
+        return f"{kind} cannot be patched"
+    if "forward" in module.__dict__:
+        return f"the forward of this {kind} was replaced by other code (an accelerate hook, for one)"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"the weight of this {kind} is not a plain Parameter"
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is {weight.dtype} {list(weight.shape)}, expected a 2-D floating-point matrix"
+    return None
+
+
+def _unmatched(modules: dict[str, nn.Module], config: LoRA) -> tuple[str, ...]:
+    selector = config.target_modules
+    if isinstance(selector, str):
+        return () if any(_matches(selector, path) for path in modules) else (selector,)
+    return tuple(name for name in selector or () if not any(match_names((name,), path) for path in modules))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return a comma-separated list, cut after a few with a count of the rest."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _no_match_message(unmatched: Sequence[str], modules: dict[str, nn.Module]) -> str:
+    known = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_like(module)})
+    close = [hit for name in unmatched for hit in difflib.get_close_matches(name, known, n=1)]
+    hint = f" Did you mean {listed(close)}?" if close else ""
+    return (
+        f"target_modules: no module of the model matches {listed([repr(n) for n in unmatched])}.{hint} "
+        f"Its linear modules are named {listed(known)}"
+    )
+
+
+def _nothing_message(model: nn.Module, config: LoRA, skipped: dict[str, str]) -> str:
+    kind = type(model).__name__
+    if config.target_modules is None and not skipped:
+        return (
+            f"{kind} has no repeated blocks (a ModuleList of one class) with linear layers; "
+            "name the modules with target_modules, or use target_modules='all-linear'"
+        )
+    reasons = listed([f"{path} ({reason})" for path, reason in skipped.items()])
+    return f"nothing of {kind} is left to patch" + (f": {reasons}" if reasons else "")

@@ -21,8 +21,8 @@ from fastpeft.errors import (
 )
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
-from fastpeft.patching import patch, report, unpatch
 from fastpeft.patch_report import PatchReport
+from fastpeft.patching import patch, report, unpatch
 
 __all__ = [
     "BackendError",

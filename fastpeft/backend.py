@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from importlib.util import find_spec
 from typing import Literal, cast
 
 import torch
@@ -20,6 +20,7 @@ Backend = Literal["auto", "torch", "triton"]
 ResolvedBackend = Literal["torch", "triton"]
 BACKENDS: tuple[str, ...] = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "FASTPEFT_BACKEND"
+TRITON_IS_IMPORTABLE = find_spec("triton") is not None and find_spec("fastpeft_kernels") is not None
 
 
 def _validated(name: str, where: str) -> Backend:
@@ -57,16 +58,6 @@ def use_backend(name: Backend) -> Iterator[None]:
         set_backend(previous)
 
 
-@cache
-def triton_is_importable() -> bool:
-    """Whether the kernel package and triton itself can be imported."""
-    try:
-        import fastpeft_kernels
-    except ImportError:
-        return False
-    return fastpeft_kernels.is_available()
-
-
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -82,12 +73,12 @@ def resolve(x: torch.Tensor, *, op: str, has_triton: bool = True) -> ResolvedBac
         return "torch"
     on_gpu = x.is_cuda  # True on ROCm as well
     if _selected == "auto":
-        if on_gpu and has_triton and x.dtype is not torch.float64 and triton_is_importable():
+        if on_gpu and has_triton and x.dtype is not torch.float64 and TRITON_IS_IMPORTABLE:
             return "triton"
         return "torch"
     if not has_triton:
         raise BackendError(f"{op}: no Triton kernel yet; expected backend 'auto' or 'torch', got 'triton'")
-    if not triton_is_importable():
+    if not TRITON_IS_IMPORTABLE:
         raise BackendError(f"{op}: backend 'triton' needs triton (pip install 'fastpeft[triton]')")
     if x.dtype is torch.float64:
         raise BackendError(f"{op}: the Triton kernels take float32, float16 and bfloat16, got {x.dtype}")

@@ -97,7 +97,7 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
             apply_patch(model, lora, name, allow_unmatched=True)
         except PatchError as error:
             raise CheckpointError(
-                f"{path} does not fit this model: {error}{_bases(model, config)}"
+                f"{path} does not fit this model{_bases(model, config)}: {error}"
             ) from error
     state = require_state(model, "load")
     try:

@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastpeft.errors import ConfigError
 
+N = TypeVar("N", bound=float)
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
 
@@ -219,7 +220,7 @@ def _indices(value: object) -> tuple[int, ...] | None:
     return indices or None
 
 
-def _lookup(pattern: Mapping[str, Any], module_path: str, default: Any) -> Any:
+def _lookup(pattern: Mapping[str, N], module_path: str, default: N) -> N:
     """PEFT's rule: the first key that is the path or, after a dot, its end, as a regular expression."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module_path):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpeft.config import LoRA, as_lora
 from fastpeft.errors import PatchError
@@ -199,7 +199,7 @@ def _swap_in(
     store_state(model, state)
 
 
-def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, Tensor]]:
     """Yield (qualified name, Parameter) of the base's biases that the configuration trains."""
     if config.bias == "all":
         yield from ((n, p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias")

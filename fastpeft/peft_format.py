@@ -43,7 +43,7 @@ def file_parameters(model: nn.Module, state: PatchState) -> dict[str, nn.Paramet
 
 
 def normalised_key(key: str) -> str:
-    """Return a file's key as :func:`file_parameters` spells it (older PEFT files add ``.weight`` to DoRA's m)."""
+    """Return a file's key as :func:`file_parameters` spells it (older PEFT: ``m.weight``)."""
     return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
 
 

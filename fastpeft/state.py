@@ -22,7 +22,7 @@ class PatchState:
         adapter_name: the name its adapter has in the model.
         originals: replaced modules by path; a module shared by several paths stands under each.
         requires_grad: the flag of every base Parameter before the patch, by qualified name.
-        trained_values: the values, before training, of base Parameters that train in place (biases), likewise.
+        trained_values: the values, before training, of base Parameters that train in place (biases), by name.
         saved_modules: paths of the modules that train whole (``modules_to_save``).
         report: what was done to every module.
     """

@@ -18,7 +18,7 @@ _SHOWN = 8  # names listed in an error before "and N more"
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules to patch by path, the linears left out with the reason, and entries that matched nothing."""
+    """Modules to patch by path, linears left out with the reason, entries that matched nothing."""
 
     targets: dict[str, nn.Module]
     skipped: dict[str, str]

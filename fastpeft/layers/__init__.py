@@ -1,0 +1,1 @@
+"""Drop-in modules: a base layer with its adapter."""

@@ -31,10 +31,13 @@ class AdapterSpec:
 
 
 class AdapterMixin(nn.Module):
-    """Adapter state and forward for a linear module; the sibling base class is the patched module's own."""
+    """Adapter state and forward for a linear module; the sibling base class is the patched module's own.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    That sibling declares ``weight`` and ``bias``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
     lora_magnitude_vector: nn.ParameterDict
@@ -46,7 +49,7 @@ class AdapterMixin(nn.Module):
         raise NotImplementedError
 
     def adopt(self, base: nn.Module) -> None:
-        """Take over the base module's whole state: the same Parameter objects, buffers, hooks and attributes."""
+        """Take over the base module's whole state: the same Parameters, buffers, hooks and attributes."""
         self.__dict__.update(base.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             # Copies, so that the adapter's entries do not reach the base module; hooks stay shared, so that

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from fastpeft.layers.adapter import AdapterMixin
 
 
-class LoRALinear(AdapterMixin, nn.Linear):
+class LoRALinear(AdapterMixin, nn.Linear):  # type: ignore[misc]  # torch types bias as never None
     """Drop-in for the ``nn.Linear`` it was made from, whose weight and bias it shares."""
-
-    bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares it never None
 
     def weight_out_in(self) -> Tensor:
         """Return the weight as it is stored."""

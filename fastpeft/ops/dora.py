@@ -61,18 +61,19 @@ def dora_linear_reference(
 ) -> Tensor:
     """The formula with the full [out_features, in_features] update, in whatever dtype it is given."""
     dropped = x if mask is None else x * mask
-    norm = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1).detach()
+    norm: Tensor = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1).detach()
     c = magnitude / norm
     y = x @ weight.T + (c - 1) * (dropped @ weight.T) + c * scaling * ((dropped @ lora_A.T) @ lora_B.T)
     return y if bias is None else y + bias
 
 
 def row_norm_squared(weight: Tensor) -> Tensor:
-    """Return ``||W||^2`` per output row, [out_features] in fp32 (fp64), in blocks of rows: no fp32 copy of W."""
+    """Return ``||W||^2`` per output row, [out_features] in fp32 (fp64), without an fp32 copy of W."""
     dtype = accumulation_dtype(weight.dtype)
     if torch.compiler.is_compiling() or weight.dtype == dtype:
-        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-    blocks = weight.split(max(1, 2**22 // max(weight.shape[1], 1)))
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+        return norm.square()
+    blocks = torch.split(weight, max(1, 2**22 // max(weight.shape[1], 1)))
     return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
 
 
@@ -134,10 +135,10 @@ def dora_linear(
     backend = backends.resolve(x, op="dora_linear", has_triton=False)
     seed = draw_seed(x, dropout_p, backend)
     norm_squared = row_norm_squared(weight) if weight_norm_squared is None else weight_norm_squared
-    y, *_ = torch.ops.fastpeft.dora_linear(
+    outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(
         x, weight, bias, lora_A, lora_B, magnitude, norm_squared, scaling, dropout_p, seed
     )
-    return y
+    return outputs[0]
 
 
 def _row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _dora_linear_backward(
     bias_dtype: torch.dtype | None,
     has_bias: bool,
 ) -> list[Tensor]:
-    """Return the gradients that ``need`` asks for, out of (x, bias, lora_A, lora_B, magnitude), in that order.
+    """Return the gradients that ``need`` asks for, out of (x, bias, lora_A, lora_B, magnitude), in order.
 
     ``kept`` is y, or z where :func:`_keeps_product` says so; x is needed for lora_A's gradient and, without
     dropout or bias, for that of a magnitude which is exactly 0.

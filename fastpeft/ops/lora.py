@@ -42,7 +42,7 @@ def lora_linear_reference(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The formula, line for line, in whatever dtype it is given; ``mask`` is 0 or 1/(1-p) per element of x."""
+    """The formula, line for line, in whatever dtype it is given; ``mask`` holds 0 or 1/(1-p)."""
     dropped = x if mask is None else x * mask
     return F.linear(x, weight, bias) + scaling * ((dropped @ lora_A.T) @ lora_B.T)
 
@@ -61,7 +61,7 @@ def lora_linear(
 
     Args:
         x: ``[..., in_features]``, any strides, zero tokens allowed.
-        weight: ``[out_features, in_features]``, any strides (a transposed Conv1D weight is a view), x's dtype.
+        weight: ``[out_features, in_features]``, any strides (Conv1D's is a transposed view), x's dtype.
         bias: ``[out_features]`` or None.
         lora_A: ``[r, in_features]``, x's dtype or fp32.
         lora_B: ``[out_features, r]``, likewise.

@@ -25,7 +25,7 @@ def scale_features(y: Tensor, c: Tensor, *, out: Tensor | None = None) -> Tensor
     excess = c - 1.0
     if y.numel() == 0 or excess.abs().max() <= 0.5:
         return torch.addcmul(y, y, excess.to(y.dtype), out=out)
-    for rows, target in zip(y.split(CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
+    for rows, target in zip(torch.split(y, CHUNK_ROWS), torch.split(out, CHUNK_ROWS), strict=True):
         torch.mul(rows, c, out=target)
     return out
 
@@ -35,6 +35,6 @@ def feature_dot(a: Tensor, b: Tensor) -> Tensor:
     dtype = accumulation_dtype(a.dtype)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
     rows = CHUNK_ROWS if a.is_cpu else max(a.shape[0], 1)
-    for a_rows, b_rows in zip(a.split(rows), b.split(rows), strict=True):
+    for a_rows, b_rows in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
         total += (a_rows * b_rows).sum(0, dtype=dtype)
     return total

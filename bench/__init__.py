@@ -1,0 +1,1 @@
+"""Benchmarks of fastpeft, side by side with PEFT: `python -m bench --help`."""

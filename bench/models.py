@@ -1,0 +1,83 @@
+"""The models measured. Weights are random: the time of a step does not depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A Llama-shaped model and the batch it is trained on."""
+
+    hidden: int
+    """Width of the residual stream."""
+    intermediate: int
+    """Width of the MLP."""
+    layers: int
+    """Number of blocks."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key and value heads."""
+    vocab: int
+    """Size of the vocabulary."""
+    tied: bool
+    """Whether the output layer shares the embedding's weight."""
+    batch: int
+    """Sequences a step."""
+    sequence: int
+    """Tokens a sequence."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.sequence
+
+    def build(self, dtype: torch.dtype, *, seed: int = 0) -> nn.Module:
+        """The model with seeded random weights, in training mode."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=max(2048, self.sequence),
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        torch.manual_seed(seed)
+        return cast("nn.Module", LlamaForCausalLM(config).to(dtype).train())
+
+    def batch_ids(self, *, seed: int = 0) -> Tensor:
+        """Random token ids [batch, sequence], also used as labels."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.vocab, (self.batch, self.sequence), generator=generator)
+
+
+WORKLOADS = {
+    "llama-768": Workload(
+        hidden=768, intermediate=2048, layers=4, heads=12, kv_heads=12, vocab=32000, tied=False,
+        batch=1, sequence=512,
+    ),
+    # The shape of HuggingFaceTB/SmolLM2-135M.
+    "smollm2-135m": Workload(
+        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True,
+        batch=2, sequence=256,
+    ),
+    # For the tests: a whole run takes a second. Its times say nothing.
+    "tiny": Workload(
+        hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocab=128, tied=True,
+        batch=2, sequence=24,
+    ),
+}  # fmt: skip
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1,0 +1,57 @@
+"""What every launcher shares: allocation, how far to split a reduction, the right device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Multiply-add contraction is stated for every launch: Triton 3.9 contracts by default and says that 3.10 will
+# not, and rounding must not move with the version.
+FP_FUSION = True
+
+# Partial results of a split reduction keep the accumulator's precision.
+PARTIAL_DTYPE = torch.float32
+
+# Units of work the interpreter pretends to have: small, and enough that split reductions are exercised.
+INTERPRETER_UNITS = 4
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Contiguous uninitialised memory on `like`'s device; every buffer a kernel writes comes from here."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@lru_cache
+def _unit_count(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def unit_count(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of `device`."""
+    return _unit_count(device) if device.type == "cuda" else INTERPRETER_UNITS
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Quotient rounded up."""
+    return -(-numerator // denominator)
+
+
+def split_reduction(programs: int, tiles: int, units: int, min_tiles: int = 4) -> tuple[int, int]:
+    """Cut a reduction over `tiles` into `(splits, tiles_per_split)` so that all `units` have work.
+
+    The cut depends on shapes and device only, so two runs add in the same order. A split keeps at least
+    `min_tiles` tiles, because each one costs a write and a read of an fp32 partial result.
+    """
+    splits = max(1, min(units // max(programs, 1), tiles // min_tiles))
+    per_split = cdiv(tiles, splits)
+    return cdiv(tiles, per_split), per_split
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make `tensor`'s device the current one."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -1,0 +1,112 @@
+"""Repairs of and checks inside Triton's interpreter. Nothing here touches a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter
+
+ACTIVE = bool(knobs.runtime.interpret)
+Builder = interpreter.InterpreterBuilder
+
+
+def _bf16_to_fp32(data: Any) -> Any:
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _fp32_to_bf16(data: Any) -> Any:
+    rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+
+ORIGINAL_DOT, ORIGINAL_CAST = Builder.create_dot, Builder.cast_impl
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    a, b = (
+        interpreter.TensorHandle(_bf16_to_fp32(operand.data), tl.float32)
+        if operand.dtype.scalar == tl.bfloat16
+        else operand
+        for operand in (a, b)
+    )
+    return ORIGINAL_DOT(self, a, b, d, *rest)
+
+
+def _cast(self: Any, source: Any, to: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        return interpreter.TensorHandle(_fp32_to_bf16(source.data), tl.bfloat16)
+    return ORIGINAL_CAST(self, source, to)
+
+
+@contextmanager
+def mended() -> Iterator[None]:
+    """Repair the two faults of Triton 3.9.0's interpreter in bf16, so that bf16 kernels are really tested.
+
+    `tl.dot` multiplies the raw 16-bit patterns as integers: convert the operands to fp32, in which a
+    product of bf16 is exact, as a tensor core does. And a cast from fp32 drops bits where a GPU rounds to
+    nearest even.
+    """
+    with mock.patch.object(Builder, "create_dot", _dot), mock.patch.object(Builder, "cast_impl", _cast):
+        yield
+
+
+class OutOfBoundsError(AssertionError):
+    """A kernel touched an address that belongs to no element of its tensor arguments."""
+
+
+def element_addresses(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Addresses of every element of `tensor`, strides and all: bytes between the elements do not count."""
+    address = np.full((), tensor.data_ptr(), dtype=np.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        address = address[..., None] + np.arange(size, dtype=np.int64) * stride * tensor.element_size()
+    return np.unique(address)
+
+
+@contextmanager
+def checked_addresses() -> Iterator[None]:
+    """Raise OutOfBoundsError on a load or store outside the elements of the launch's tensor arguments.
+
+    Stricter than a page fault or a NaN guard: a stray load whose value is masked away later is found too.
+    """
+    load, store, call = (
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+        interpreter.GridExecutor.__call__,
+    )
+    allowed = np.empty(0, dtype=np.int64)
+
+    def check(kind: str, pointers: Any, mask: Any) -> None:
+        touched = np.broadcast_to(pointers.data, mask.data.shape)[mask.data].astype(np.int64)
+        stray = touched[~np.isin(touched, allowed)]
+        if stray.size:
+            raise OutOfBoundsError(
+                f"{kind} of {stray.size} elements outside the arguments, first at {stray[0]:#x}"
+            )
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal allowed
+        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)]
+        allowed = np.unique(np.concatenate([element_addresses(tensor) for tensor in tensors]))
+        return call(self, *arguments, **keywords)
+
+    with (
+        mock.patch.object(Builder, "create_masked_load", create_masked_load),
+        mock.patch.object(Builder, "create_masked_store", create_masked_store),
+        mock.patch.object(interpreter.GridExecutor, "__call__", run),
+    ):
+        yield

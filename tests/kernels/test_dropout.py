@@ -1,0 +1,101 @@
+"""Dropout: one mask for all kernels, a function of seed and position, never stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastpeft_kernels import lora_backward, lora_forward
+
+from tests.kernels.reference import Problem, evaluate, make_problem
+from tests.tolerance import assert_within_rule
+
+
+def seed_of(value: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
+def recover_mask(m: int, k: int, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
+    """The forward's mask, read out through `S = drop(1) I`."""
+    ones, identity = torch.ones(m, k, device=seed.device), torch.eye(k, device=seed.device)
+    _, S = lora_forward(
+        ones, torch.zeros(1, k, device=seed.device), None, identity, ones[:1], 1.0, dropout_p, seed
+    )
+    kept = S != 0
+    assert torch.equal(S, kept / (1 - dropout_p)), "kept elements are scaled by 1 / (1 - p), the others are 0"
+    return kept
+
+
+def run(p: Problem, seed: torch.Tensor) -> dict[str, torch.Tensor]:
+    y, S = lora_forward(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, p.dropout_p, seed)
+    dx, dA, dB, _ = lora_backward(
+        p.dy,
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        S,
+        p.scaling,
+        p.dropout_p,
+        seed,
+        need_x=True,
+        need_A=True,
+        need_B=True,
+        need_bias=False,
+    )
+    assert dx is not None
+    assert dA is not None
+    assert dB is not None
+    return {"y": y, "S": S, "dx": dx, "dA": dA, "dB": dB}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("k", "r"), [(50, 5), (64, 40)], ids=["k50-r5", "k64-r40"])
+def test_forward_and_backward_share_the_mask(
+    k: int, r: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """With the mask recovered from forward, every result is the reference's: dA and dx made the same mask."""
+    p = make_problem(37, k, 45, r, dtype, device, adapter=torch.float32)
+    seed = seed_of(-(2**40) - 3, device)
+    p.dropout_p = 0.3
+    p.keep = recover_mask(37, k, 0.3, seed)
+    found = run(p, seed)
+    reference, plain = evaluate(p.to(torch.float64)), evaluate(p.to(dtype))
+    for name, tensor in found.items():
+        assert_within_rule(tensor, reference[name], plain[name], name)
+
+
+def test_mask_is_plausible(device: torch.device) -> None:
+    """10,000 elements: the rate within four standard deviations, neighbours and other seeds independent."""
+    m, k, p = 100, 100, 0.3
+    kept = recover_mask(m, k, p, seed_of(1, device)).double()
+    four_sigma = 4 * (p * (1 - p) / (m * k)) ** 0.5
+    assert abs(kept.mean().item() - (1 - p)) < four_sigma
+    # Words of one Philox call (columns 4g .. 4g + 3), calls of one row, and rows.
+    for a, b in [(kept[:, :-1], kept[:, 1:]), (kept[:, :-4], kept[:, 4:]), (kept[:-1], kept[1:])]:
+        assert abs((a * b).mean().item() - (1 - p) ** 2) < 2 * four_sigma
+    other = recover_mask(m, k, p, seed_of(2, device)).double()
+    assert abs((kept * other).mean().item() - (1 - p) ** 2) < 2 * four_sigma
+
+
+def test_mask_does_not_depend_on_rows_beside_it(device: torch.device) -> None:
+    """Row i has one mask whatever M is, so a microbatch cut from the front of a batch sees the same one."""
+    seed = seed_of(5, device)
+    assert torch.equal(recover_mask(40, 50, 0.5, seed)[:13], recover_mask(13, 50, 0.5, seed))
+
+
+def test_seed_decides(device: torch.device) -> None:
+    p = make_problem(37, 50, 45, 5, torch.float32, device)
+    p.dropout_p = 0.3
+    first, second = run(p, seed_of(7, device)), run(p, seed_of(7, device))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert not torch.equal(first["S"], run(p, seed_of(8, device))["S"])
+
+
+def test_zero_scaling_still_drops_in_dx(device: torch.device) -> None:
+    """s = 0 makes dS zero, hence dx = dY W, with dropout or without."""
+    p = make_problem(20, 18, 35, 5, torch.float32, device)
+    p.scaling, p.dropout_p = 0.0, 0.3
+    found = run(p, seed_of(1, device))
+    assert_within_rule(found["dx"], p.dy.double() @ p.weight.double(), p.dy @ p.weight, "dx")
+    assert not found["dA"].any()

@@ -1,0 +1,237 @@
+"""The DoRA op: formula with and without dropout, gradients, the factored norm, zero rows, no [N, K] temporary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastpeft
+from fastpeft.ops._common import draw_seed, dropout_mask
+from fastpeft.ops.dora import dora_linear, dora_linear_reference, row_norm, row_norm_squared
+from fastpeft.ops.row_scale import scale_features
+from tests.tolerance import assert_within_rule, relative_error
+
+SCALING = 0.7
+SHAPES = [
+    pytest.param((8,), 16, 32, 4, id="aligned"),
+    pytest.param((3, 5), 23, 37, 5, id="ragged-3d"),
+    pytest.param((200, 3), 23, 37, 5, id="many-tokens"),
+    pytest.param((12,), 40, 48, 1, id="rank1"),
+    pytest.param((11,), 24, 20, 40, id="rank-above-features"),
+    pytest.param((0,), 12, 10, 3, id="zero-tokens"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ORDER = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
+
+
+def problem(batch, k, n, r, dtype, *, adapter=None, bias=True) -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(k * 31 + n * 7 + r)
+    weight = (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
+    return {
+        "x": torch.randn(*batch, k, generator=g).to(dtype),
+        "weight": weight,
+        "bias": torch.randn(n, generator=g).to(dtype) if bias else None,
+        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(adapter or dtype),
+        "lora_B": (0.3 * torch.randn(n, r, generator=g) / r**0.5).to(adapter or dtype),
+        "magnitude": (weight.float().norm(dim=1) * (0.5 + torch.rand(n, generator=g))).to(adapter or dtype),
+    }
+
+
+def leaves(tensors, dtype=None) -> list[Tensor | None]:
+    def leaf(name: str) -> Tensor | None:
+        t = tensors[name]
+        return None if t is None else (t if dtype is None else t.to(dtype)).detach().requires_grad_(name != "weight")
+
+    return [leaf(name) for name in ORDER]
+
+
+def ours(*arguments, **options):
+    return dora_linear(*arguments, scaling=SCALING, **options)
+
+
+def run(function, arguments, dtype, **options) -> list[Tensor]:
+    y = function(*arguments, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(y.dtype)
+    trained = [a for a in arguments if a is not None and a.requires_grad]
+    return [y, *torch.autograd.grad(y, trained, dy)]
+
+
+def check(tensors, mask=None, **options) -> None:
+    dtype = tensors["x"].dtype
+    names = ["y", "dx", *(["dbias"] if tensors["bias"] is not None else []), "dA", "dB", "dm"]
+    results = run(ours, leaves(tensors), dtype, **options)
+
+    def baseline(in_dtype):
+        kwargs = {} if mask is None else {"mask": mask.to(in_dtype)}
+        return run(dora_linear_reference, leaves(tensors, in_dtype), dtype, scaling=SCALING, **kwargs)
+
+    for name, result, exact, plain in zip(names, results, baseline(torch.float64), baseline(dtype), strict=True):
+        assert_within_rule(result, exact, plain, name)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "k", "n", "r"), SHAPES)
+def test_two_times_rule(batch, k, n, r, dtype, bias):
+    check(problem(batch, k, n, r, dtype, bias=bias))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fp32_adapters_on_a_16_bit_base(dtype, bias):
+    tensors = problem((3, 50), 23, 37, 5, dtype, adapter=torch.float32, bias=bias)
+    check(tensors)
+    y, *_, dm = run(ours, leaves(tensors), dtype)
+    assert (y.dtype, dm.dtype) == (dtype, torch.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_has_pefts_meaning(dtype, bias):
+    tensors = problem((4, 25), 16, 12, 4, dtype, bias=bias)
+    torch.manual_seed(3)
+    seed = draw_seed(tensors["x"], 0.3, "torch")
+    mask = dropout_mask(tensors["x"].reshape(-1, 16), 0.3, seed).view(4, 25, 16)
+    assert 0.5 < (mask > 0).float().mean() < 0.9
+    torch.manual_seed(3)
+    check(tensors, mask=mask, dropout_p=0.3)
+
+
+def test_a_large_bias_does_not_spoil_the_magnitudes_gradient():
+    tensors = problem((300,), 16, 12, 4, torch.bfloat16)
+    tensors["bias"] = tensors["bias"] * 200
+    check(tensors)
+
+
+@pytest.mark.parametrize("trained", ["x", "bias", "lora_A", "lora_B", "magnitude"])
+def test_only_the_gradient_asked_for(trained):
+    tensors = problem((3, 4), 10, 12, 3, torch.float32)
+    tensors[trained].requires_grad_()
+    arguments = [tensors[name] for name in ORDER]
+    ours(*arguments).sum().backward()
+    assert [name for name, t in tensors.items() if t.grad is not None] == [trained]
+    (expected,) = torch.autograd.grad(dora_linear_reference(*arguments, SCALING).sum(), tensors[trained])
+    torch.testing.assert_close(tensors[trained].grad, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_gradcheck_fp64_against_numbers(bias, options):
+    # c is detached, as in the paper's section 4.3, so numbers can check only what does not move the norm.
+    t = problem((2, 3), 5, 4, 2, torch.float64, bias=bias)
+    x, m = t["x"].requires_grad_(), t["magnitude"].requires_grad_()
+
+    def function(x, m):
+        torch.manual_seed(0)
+        return ours(x, t["weight"], t["bias"], t["lora_A"], t["lora_B"], m, **options)
+
+    assert torch.autograd.gradcheck(function, (x, m))
+
+
+def test_magnitude_zero_and_zero_rows():
+    tensors = problem((6,), 16, 12, 4, torch.float32, bias=False)
+    clean = run(ours, leaves(tensors), torch.float32)
+    tensors["magnitude"] = tensors["magnitude"].clone()
+    tensors["magnitude"][3] = 0.0
+    got = run(ours, leaves(tensors), torch.float32)
+    want = run(dora_linear_reference, leaves(tensors), torch.float32, scaling=SCALING)
+    torch.testing.assert_close(got, want)
+    others = [i for i in range(12) if i != 3]
+    assert torch.equal(got[0][:, others], clean[0][:, others])  # the guard moves no other row's bits
+    assert torch.equal(got[-1][others], clean[-1][others])
+    tensors["weight"] = tensors["weight"].clone()
+    tensors["weight"][5] = 0.0
+    tensors["lora_B"] = tensors["lora_B"].clone()
+    tensors["lora_B"][5] = 0.0
+    for result in run(ours, leaves(tensors), torch.float32):
+        assert torch.isfinite(result).all()
+
+
+def test_factored_norm_is_the_norm():
+    t = problem((1,), 40, 30, 6, torch.float64)
+    squared = row_norm_squared(t["weight"])
+    factored = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, squared)
+    direct = (t["weight"] + SCALING * t["lora_B"] @ t["lora_A"]).norm(dim=1)
+    torch.testing.assert_close(factored, direct)
+    # An update that cancels the row leaves rounding below zero under the root: clamped, not NaN.
+    W = torch.randn(3, 4)
+    assert torch.isfinite(row_norm(W, torch.eye(4), -W, 1.0, row_norm_squared(W))).all()
+
+
+class Allocations(TorchDispatchMode):
+    """Records the shapes of all tensors that operations make, views of the given ones left out."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {t.untyped_storage().data_ptr() for t in given}
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.shapes |= {tuple(t.shape) for t in made if t.untyped_storage().data_ptr() not in self.given}
+        return result
+
+
+def test_no_out_by_in_temporary_and_no_fp32_copy_of_x():
+    tensors = problem((64,), 48, 56, 4, torch.bfloat16, adapter=torch.float32, bias=False)
+    arguments = leaves(tensors)
+    spy = Allocations(arguments[1])
+    import fastpeft.ops.dora as dora
+
+    y = ours(*arguments)
+    with spy, torch.no_grad():  # the bodies of the custom ops, which the dispatcher hides from a mode outside
+        squared = row_norm_squared(arguments[1])
+        out = dora._dora_linear._init_fn(*arguments, squared, SCALING, 0.0, None)
+        dora._dora_linear_backward._init_fn(
+            torch.ones_like(y), arguments[0], out[0], *(arguments[i] for i in (1, 3, 4, 5)),
+            out[1], out[2], SCALING, 0.0, None, [True, False, True, True, True], None, False,
+        )  # fmt: skip
+    assert (64, 56) in spy.shapes, "the spy saw no output: it is not looking inside the op"
+    assert not {shape for shape in spy.shapes if shape in ((56, 48), (48, 56))}
+
+
+def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
+    y = torch.randn(300, 40).bfloat16()
+    for spread in (1e-3, 0.4, 5.0):
+        c = 1 + spread * (2 * torch.rand(40) - 1)
+        exact = y.double() * c.double()
+        ours_error = relative_error(scale_features(y, c), exact)
+        rounding = relative_error(exact.bfloat16(), exact)  # the least any bf16 result can be off
+        assert ours_error <= 1.5 * rounding, f"spread {spread}: {ours_error:.2e} against {rounding:.2e}"
+
+
+def test_opcheck_and_compile():
+    for bias in (True, False):
+        arguments = leaves(problem((2, 3), 16, 16, 2, torch.float32, bias=bias))
+        squared = row_norm_squared(arguments[1])
+        torch.library.opcheck(
+            torch.ops.fastpeft.dora_linear.default, (*arguments, squared, SCALING, 0.0, None)
+        )
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*arguments), ours(*arguments))
+
+
+def test_norm_stays_fp32_under_autocast():
+    tensors = problem((5,), 32, 24, 4, torch.float32, bias=False)
+    t = {k: v for k, v in tensors.items() if v is not None}
+    outside = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
+        y = ours(*leaves(tensors))
+    assert torch.equal(inside, outside)
+    assert y.dtype is torch.bfloat16
+
+
+def test_triton_asked_for_is_refused_not_replaced():
+    with fastpeft.use_backend("triton"), pytest.raises(fastpeft.BackendError, match="no Triton kernel yet"):
+        ours(*leaves(problem((2,), 16, 16, 2, torch.float32)))
+
+
+def test_wrong_magnitude_shape_is_named():
+    arguments = leaves(problem((2,), 16, 12, 2, torch.float32))
+    with pytest.raises(fastpeft.ShapeError, match=r"expected magnitude \[12\], got \[11\]"):
+        ours(*arguments[:5], torch.ones(11))

@@ -1,20 +1,22 @@
 """Suite `profile`: where the time of a training step goes, by kind of operator.
 
-One step under torch.profiler, after warm-up. An operator's own time (without the operators it calls) is
-attributed to one kind: by the optimiser's range it runs in, by its name, and for GEMMs by its shapes: one with
-a dimension equal to the rank is an adapter's, one with the vocabulary's size is the output layer's. What no
-operator accounts for is Python, autograd's bookkeeping and the profiler itself; `clock` is the same step
-without the profiler, so that the profiler's share can be seen.
+Steps run under torch.profiler, after warm-up. An operator's own time (without the operators it calls) belongs
+to one kind: by the optimiser's range it runs in, by its name, and for GEMMs by their shapes, where one with a
+dimension equal to the rank is an adapter's and one with the vocabulary's size is the output layer's. What no
+operator accounts for is Python and the profiler itself; the same step by the clock, without the profiler,
+shows how much that is. Contenders run one after another here: compare kinds within a column, and take ratios
+between contenders from the suite `step`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -23,10 +25,12 @@ from bench import contenders, report
 from bench.contenders import Contender
 from bench.models import DTYPES, WORKLOADS
 
+REST = "Python and the rest"
 KINDS = ("base GEMMs", "adapter GEMMs", "output layer GEMMs", "attention", "casts and copies", "loss",
-         "elementwise, sums", "optimiser", "autograd engine", "own ops' Python", "Python and the rest")  # fmt: skip
-GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
-         "aten::mkldnn_linear", "aten::_mkldnn_linear")  # fmt: skip
+         "elementwise, sums", "optimiser", "autograd engine", "own ops' Python", REST)  # fmt: skip
+GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear",
+         "aten::matmul", "aten::mkldnn_linear", "aten::_mkldnn_linear")  # fmt: skip
+STEPS = 3
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::contiguous", "aten::cat")
 LOSS = ("log_softmax", "nll_loss", "cross_entropy")
 
@@ -36,12 +40,12 @@ class Profile:
     """Milliseconds of one step by kind."""
 
     clock: float
-    """Median of three steps without the profiler."""
+    """Median step without the profiler."""
     total: float
-    """The profiled step, by the clock."""
-    kinds: Counter[str] = field(default_factory=Counter)
+    """Mean profiled step, by the clock."""
+    kinds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By kind; sums to `total`."""
-    operators: Counter[tuple[str, str]] = field(default_factory=Counter)
+    operators: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     """By (kind, operator)."""
     calls: int = 0
     """Operators called."""
@@ -56,10 +60,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add = arguments.add_argument
     add("--model", choices=WORKLOADS, default="llama-768", help="model and batch (default llama-768)")
-    add("--rank", type=report.positive, default=16, help="adapter rank (default 16). GEMMs are told apart by "
-        "it: choose one that is no other dimension of the model")  # fmt: skip
-    add("--contenders", nargs="+", choices=contenders.NAMES, default=["frozen", "fastpeft-lora", "fastpeft-dora"],
-        metavar="NAME", help=f"of {', '.join(contenders.NAMES)} (default frozen and both of fastpeft)")  # fmt: skip
+    add("--rank", type=report.positive, default=16, help="adapter rank (default 16); GEMMs are told "
+        "apart by it, so it must be no other dimension of the model")  # fmt: skip
+    add("--contenders", nargs="+", choices=contenders.NAMES, metavar="NAME",
+        default=["frozen", "fastpeft-lora", "fastpeft-dora"],
+        help=f"of {', '.join(contenders.NAMES)} (default frozen and both of fastpeft)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default bfloat16)")
     add("--top", type=report.positive, default=8, help="operators listed for the last contender (default 8)")
     report.add_common(arguments)
@@ -68,9 +73,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the suite."""
-    arguments = parser().parse_args(argv)
-    facts = report.begin("profile", arguments)
+    options = parser()
+    arguments = options.parse_args(argv)
     workload = WORKLOADS[arguments.model]
+    if arguments.rank in (workload.hidden, workload.intermediate, workload.vocab, workload.tokens):
+        options.error(
+            f"--rank {arguments.rank} is a dimension of {arguments.model}: adapter GEMMs would not show"
+        )
+    facts = report.begin("profile", arguments)
     base, ids = workload.build(DTYPES[arguments.dtype]), workload.batch_ids()
     profiles: dict[str, Profile] = {}
     with report.progress("profile", len(arguments.contenders)) as advance:
@@ -78,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
             advance(name)
             contender = contenders.build(name, base, ids, arguments.rank)
             profiles[name] = measure(contender, arguments.rank, workload.vocab)
-    title = f"{arguments.model}, {workload.batch}x{workload.sequence} tokens, {arguments.dtype}, r={arguments.rank}"
+    size = f"{workload.batch}x{workload.sequence} tokens"
+    title = f"{arguments.model}, {size}, {arguments.dtype}, r={arguments.rank}"
     show(title, profiles, arguments.top)
     if arguments.json:
         records: list[report.Record] = [
@@ -91,22 +102,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(contender: Contender, rank: int, vocab: int) -> Profile:
-    """Profile one step of `contender`."""
+    """Profile `STEPS` steps of `contender`."""
     contender.step()
-    clock = 1e3 * median(contender.step()["step"] for _ in range(3))
+    clock = 1e3 * median(contender.step()["step"] for _ in range(STEPS))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         start = perf_counter()
-        contender.step()
-        total = 1e3 * (perf_counter() - start)
+        for _ in range(STEPS):
+            contender.step()
+        total = 1e3 * (perf_counter() - start) / STEPS
     result = Profile(clock=clock, total=total)
+    calls = 0
     events = profiler.events()
     for event in events or ():
-        milliseconds = 1e-3 * event.self_cpu_time_total
+        milliseconds = 1e-3 * event.self_cpu_time_total / STEPS
         label = kind(event, rank, vocab)
         result.kinds[label] += milliseconds
         result.operators[(label, str(event.name))] += milliseconds
-        result.calls += str(event.name).startswith("aten::")
-    result.kinds[KINDS[-1]] += total - sum(result.kinds.values())
+        calls += str(event.name).startswith("aten::")
+    result.calls = calls // STEPS
+    result.kinds[REST] += total - sum(result.kinds.values())
     return result
 
 
@@ -123,7 +137,8 @@ def kind(event: FunctionEvent, rank: int, vocab: int) -> str:
     if "scaled_dot_product" in name:
         return "attention"
     if name in GEMMS:
-        sizes = {size for shape in event.input_shapes if isinstance(shape, list) for size in shape}
+        shapes: Any = event.input_shapes  # a list for every tensor, declared otherwise
+        sizes = {size for shape in shapes if isinstance(shape, list) for size in shape}
         if rank in sizes:
             return "adapter GEMMs"
         return "output layer GEMMs" if vocab in sizes else "base GEMMs"
@@ -135,7 +150,7 @@ def kind(event: FunctionEvent, rank: int, vocab: int) -> str:
         return "autograd engine"
     if "fastpeft" in name.lower() or name.endswith("Backward"):
         return "own ops' Python"
-    return KINDS[-1]
+    return REST
 
 
 def show(title: str, profiles: dict[str, Profile], top: int) -> None:
@@ -151,5 +166,6 @@ def show(title: str, profiles: dict[str, Profile], top: int) -> None:
     rows.append(["operators called", *(str(p.calls) for p in profiles.values())])
     report.print_table(f"{title}: ms of own time", ("kind", *profiles), rows)
     name, last = list(profiles.items())[-1]
-    largest = [[operator, label, f"{ms:.1f}"] for (label, operator), ms in last.operators.most_common(top)]
+    ordered = sorted(last.operators.items(), key=lambda item: item[1], reverse=True)
+    largest = [[operator, label, f"{ms:.1f}"] for (label, operator), ms in ordered[:top]]
     report.print_table(f"largest operators of {name}", ("operator", "kind", "ms"), largest)

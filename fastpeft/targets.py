@@ -67,13 +67,13 @@ def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selectio
 def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield (path, index) of the blocks: children of the outermost lists of modules of one class."""
 
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, int]]:
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, int]]:
+        prefix = f"{path}." if path else ""
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_stack(module):
+            yield from ((f"{prefix}{name}", index) for index, name in enumerate(module._modules))
+            return
         for name, child in module.named_children():
-            path = f"{prefix}{name}"
-            if isinstance(child, (nn.ModuleList, nn.Sequential)) and _is_stack(child):
-                yield from ((f"{path}.{index}", index) for index in range(len(child)))
-            else:
-                yield from walk(child, f"{path}.")
+            yield from walk(child, f"{prefix}{name}")
 
     yield from walk(model, "")
 

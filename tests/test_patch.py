@@ -90,6 +90,9 @@ def test_models_without_transformers():
     model = nn.Sequential(nn.Linear(3, 8), nn.ModuleList([block(), block()]), nn.Linear(8, 2))
     fastpeft.patch(model)
     assert fastpeft.report(model).patched == ("1.0.up", "1.0.down", "1.1.up", "1.1.down")
+    named = nn.Sequential(OrderedDict(first=block(), second=block()))  # the model itself is the stack
+    fastpeft.patch(named, fastpeft.LoRA(r=2, layers_to_transform=[1]))
+    assert fastpeft.report(named).patched == ("second.up", "second.down")
 
 
 def test_a_module_at_two_places_gets_one_adapter():

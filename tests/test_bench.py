@@ -1,0 +1,260 @@
+"""The benchmarks measure what they say: statistics, byte counts, the parity gate, the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench import __main__ as bench_cli
+from bench import (
+    contenders,
+    layers,
+    measure,
+    memory,
+    models,
+    parity,
+    profile_step,
+    report,
+    saved,
+    single,
+    step,
+)
+
+TINY = models.WORKLOADS["tiny"]
+# Two threads cost more than they give at these sizes, and tests share the cores.
+ONE_THREAD = ("--threads", "1")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_spread_is_median_and_quartiles():
+    spread = measure.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (spread.low, spread.median, spread.high) == (2.0, 3.0, 4.0)
+    assert spread.half_range == 1.0
+    assert measure.Spread.of([7.0]).half_range == 0.0
+    with pytest.raises(ValueError, match="no samples"):
+        measure.Spread.of([])
+
+
+def test_ratio_is_taken_round_by_round():
+    # The machine slows down tenfold half-way; within every round one takes twice the other's time.
+    fast = [1.0, 1.0, 10.0, 10.0, 10.0]
+    slow = [2.0, 2.0, 20.0, 20.0, 20.0]
+    ratio = measure.pairwise_ratio(slow, fast)
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="rounds differ"):
+        measure.pairwise_ratio(slow, fast[:3])
+
+
+def test_runs_are_interleaved_and_warm_up_is_dropped():
+    order = []
+
+    def run(name):
+        def one():
+            order.append(name)
+            return {"step": float(len(order))}
+
+        return one
+
+    told = []
+    runs = {name: run(name) for name in "ABC"}
+    samples = measure.interleave(runs, rounds=2, warmup=1, on_run=told.append)
+    assert "".join(order) == "ABCABCABC" == "".join(told)
+    assert samples == {"A": {"step": [4.0, 7.0]}, "B": {"step": [5.0, 8.0]}, "C": {"step": [6.0, 9.0]}}
+
+
+def test_saved_bytes_of_a_known_graph():
+    x = torch.randn(3, 5, requires_grad=True)
+    w = torch.randn(5, requires_grad=True)
+
+    def forward():
+        y = x * w  # saves x and w
+        z = y.exp()  # saves z: 3 * 5 * 4 bytes
+        return (z.view(15) * z.flatten()).sum()  # saves z twice more, as views of one storage
+
+    assert saved.count(forward, [x, w]) == (60, 60)
+    assert saved.count(forward, [w]) == (120, 60)  # x was there before: saved, not newly alive
+    assert saved.count(forward, []) == (140, 60)
+
+
+def test_saved_bytes_of_a_dropped_graph_do_not_count():
+    x = torch.randn(8, requires_grad=True)
+
+    def forward():
+        scale = x.exp().detach()  # the graph of exp is gone; the result is what mul saves: 32 bytes
+        return x * scale
+
+    assert saved.count(forward, [x]) == (32, 32)
+
+
+def test_a_tensor_hidden_from_the_hooks_is_live():
+    class Hides(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.copy = x.clone()
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.copy
+
+    x = torch.randn(16, requires_grad=True)
+    assert saved.count(lambda: Hides.apply(x), [x]) == (0, 64)
+
+
+def test_saved_bytes_of_pefts_layer_are_the_cast_input_and_s():
+    """PEFT keeps an fp32 copy of x (4 MK bytes) and S in fp32 (4 M r bytes): the published observation."""
+    shape = single.Shape(M=64, K=32, N=48)
+    layer = single.peft(shape, torch.bfloat16, contenders.Adapter(rank=4, dora=False))
+    counted = saved.count(lambda: layer.call(layer.x), [*saved.state_of(layer.root), layer.x])
+    assert counted == (4 * 64 * 32 + 4 * 64 * 4,) * 2
+
+
+def _peft(adapter):
+    base, ids = TINY.build(torch.bfloat16), TINY.batch_ids()
+    return contenders.peft(base, ids, adapter)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_parity_gate_passes_the_same_and_stops_wrong_contenders(dora):
+    adapter = contenders.Adapter(rank=4, dora=dora)
+    peer = _peft(adapter)
+    wide = parity.truth(peer, torch.float32)
+    right = parity.outcome(peer)
+    assert parity.failure(parity.compare(wide, right, parity.outcome(_peft(adapter)), torch.bfloat16)) is None
+
+    wrong_scale = _peft(adapter)
+    with torch.no_grad():
+        for name, parameter in wrong_scale.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    reason = parity.failure(parity.compare(wide, right, parity.outcome(wrong_scale), torch.bfloat16))
+    assert reason is not None
+    assert "is allowed" in reason
+
+    no_gradients = parity.outcome(_peft(adapter))
+    for group in no_gradients.groups:
+        if "gradient" in group:
+            no_gradients.groups[group] = {k: torch.zeros_like(v) for k, v in right.groups[group].items()}
+    reason = parity.failure(parity.compare(wide, right, no_gradients, torch.bfloat16))
+    assert reason is not None
+    assert reason.startswith("gradient")
+
+    not_a_number = parity.outcome(_peft(adapter))
+    not_a_number.groups["logits"] = {"logits": right.groups["logits"]["logits"] * float("nan")}
+    assert parity.failure(parity.compare(wide, right, not_a_number, torch.bfloat16)) is not None
+
+
+def test_step_prints_no_speed_for_a_wrong_contender(monkeypatch, capsys):
+    def copy_nothing(source, target):
+        """The contender keeps its own weights, so it computes something else."""
+
+    monkeypatch.setattr(contenders, "copy_adapters", copy_nothing)
+    words = ["step", "--model", "tiny", "--ranks", "4", "--rounds", "1", "--warmup", "1", *ONE_THREAD]
+    assert bench_cli.main([*words, "--contenders", "peft-lora", "fastpeft-lora"]) == 1
+    out = capsys.readouterr().out
+    assert "fastpeft-lora is not timed: parity: " in out
+    assert not [line for line in out.splitlines() if "fastpeft-lora" in line and "│" in line]
+    assert [line for line in out.splitlines() if "peft-lora" in line and "│" in line]
+
+
+def test_step_end_to_end(tmp_path, capsys):
+    target = tmp_path / "step.json"
+    words = ["step", "--model", "tiny", "--ranks", "4", "--rounds", "2", "--warmup", "1", *ONE_THREAD]
+    assert bench_cli.main([*words, "--json", str(target)]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    text = target.read_text()
+    assert str(tmp_path) not in text
+    document = json.loads(text)
+    assert document["command"] == "python -m bench " + " ".join(words)
+    assert document["machine"]["torch"].startswith(torch.__version__.partition("+")[0])
+    results = {row["contender"]: row for row in document["results"]}
+    assert list(results) == list(contenders.NAMES)
+    for row in results.values():
+        assert row["blocked"] is None
+        assert [len(seconds) for seconds in row["seconds"].values()] == [2, 2, 2, 2]
+    for method in ("lora", "dora"):
+        assert results[f"fastpeft-{method}"]["saved_bytes"] < results[f"peft-{method}"]["saved_bytes"]
+        assert results[f"fastpeft-{method}"]["parity"]
+
+
+def test_layers_memory_and_profile_end_to_end(capsys):
+    shape = ("--shapes", "32x24x40", "--ranks", "4", "--dtypes", "bfloat16", "float32")
+    assert bench_cli.main(["layers", *shape, "--rounds", "2", *ONE_THREAD]) == 0
+    assert (
+        bench_cli.main(
+            [
+                "memory",
+                "--shape",
+                "32x24x40",
+                "--model",
+                "tiny",
+                "--rank",
+                "4",
+                "--dropout",
+                "0.1",
+                *ONE_THREAD,
+            ]
+        )
+        == 0
+    )
+    assert (
+        bench_cli.main(
+            ["profile", "--model", "tiny", "--rank", "8", "--contenders", "fastpeft-dora", *ONE_THREAD]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    for word in ("32x24x40 (tokens x in x out), float32", "saved MiB", "adapter GEMMs"):
+        assert word in out
+    assert "not timed" not in out
+    assert "not counted" not in out
+
+
+def test_default_layers_are_the_documented_list():
+    assert layers.DEFAULT[0].title == "1024x2048x2048 (tokens x in x out), bfloat16, r=16"
+    assert len(layers.DEFAULT) == 6
+
+
+def test_command_line_help_and_wrong_use(capsys, tmp_path):
+    assert bench_cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(suite in text for suite in bench_cli.SUITES)
+    assert bench_cli.main(["nonsense"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "unknown suite 'nonsense'" in error
+    for words in (
+        ["step", "--ranks", "0"],
+        ["layers", "--shapes", "3x4"],
+        ["memory", "--json", str(tmp_path / "absent" / "x.json")],
+        ["profile", "--model", "tiny", "--rank", "64"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            bench_cli.main(words)
+        assert stop.value.code == 2
+
+
+def test_every_suite_documents_its_options():
+    for module in (step, layers, memory, profile_step):
+        text = module.parser().format_help()
+        actions = [action for action in module.parser()._actions if action.option_strings]
+        assert all(action.help for action in actions)
+        assert "--json" in text
+
+
+def test_workload_shapes():
+    config = models.WORKLOADS["smollm2-135m"]
+    with torch.device("meta"):
+        model = config.build(torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008  # SmolLM2-135M's own count
+    assert report.command_line("step", ["--json", "x", "--ranks", "4"]) == "python -m bench step --ranks 4"
+    assert isinstance(model, nn.Module)

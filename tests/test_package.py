@@ -1,0 +1,98 @@
+"""The wheel: what is in it, and that it imports without triton, without transformers, beside `kernels`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A finder that makes the named packages look uninstalled, as in a clean environment.
+BLOCK = """
+import importlib.machinery, sys
+BLOCKED = {blocked!r}
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            return None
+        return super().find_spec(name, path, target)
+sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder that holds the unpacked wheel and nothing of the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, cwd=folder, timeout=300)
+    (wheel,) = folder.glob("fastpeft-*.whl")
+    target = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def run(site: Path, code: str, blocked: set[str] = frozenset(), **environment: str) -> str:
+    """Run code in a new process whose only fastpeft is the wheel's, outside the repository."""
+    # -I keeps PYTHONPATH and the working folder out; an editable install is pushed back by the path order.
+    program = BLOCK.format(blocked=set(blocked)) + f"import sys; sys.path.insert(0, {str(site)!r})\n" + code
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, cwd=site, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(site):
+    names = {path.name for path in site.iterdir()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"fastpeft", "fastpeft_kernels"}
+    assert (site / "fastpeft" / "py.typed").exists()
+    assert (site / "fastpeft_kernels" / "py.typed").exists()
+    assert list(site.glob("*.dist-info/licenses/LICENSE"))
+
+
+PATCH_A_PLAIN_MODEL = """
+import torch, fastpeft
+from torch import nn
+assert fastpeft.__file__.startswith(sys.path[0]), fastpeft.__file__
+blocks = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(2)])
+fastpeft.patch(blocks, fastpeft.LoRA(r=2, use_dora=True))
+blocks[0]["proj"](torch.randn(3, 8)).sum().backward()
+print("patched", len(fastpeft.report(blocks).patched))
+"""
+
+
+@pytest.mark.parametrize("blocked", [set(), {"triton"}, {"transformers"}, {"triton", "transformers", "peft"}])
+def test_it_works_outside_the_repository(site, blocked):
+    assert run(site, PATCH_A_PLAIN_MODEL, blocked) == "patched 2\n"
+
+
+def test_a_missing_triton_is_one_clear_error_when_used(site):
+    code = """
+import torch, fastpeft
+fastpeft.set_backend("triton")
+try:
+    fastpeft.lora_linear(torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), scaling=1.0)
+except fastpeft.BackendError as error:
+    print(error)
+"""
+    assert "needs triton (pip install 'fastpeft[triton]')" in run(site, code, {"triton"})
+
+
+def test_beside_the_hugging_face_kernels_package(site, tmp_path):
+    # A stand-in of its name first on the path: importing it must not find ours, nor ours break it.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("WHOSE = 'hugging face'\n")
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+import fastpeft, fastpeft_kernels, kernels
+from transformers import LlamaForCausalLM
+print(kernels.WHOSE)
+"""
+    assert run(site, code) == "hugging face\n"

@@ -98,7 +98,9 @@ def line_up(names: Sequence[str], base: nn.Module, ids: Tensor, rank: int, dtype
     with report.progress(f"build and check r={rank}", len(names)) as advance:
         for name in names:
             advance(name)
-            label = name if name not in lineup.ready else f"{name} again"
+            label = name
+            while label in lineup.ready or label in lineup.blocked:
+                label += " again"
             try:
                 contender = contenders.build(name, base, ids, rank)
                 side, _, method = name.partition("-")
@@ -159,9 +161,6 @@ def show(title: str, workload: Workload, samples: Samples, kept: dict[str, int],
     for name, checks in lineup.checks.items():
         text = ", ".join(f"{check.quantity} {check.error:.1e} ({check.peer_error:.1e})" for check in checks)
         out.print(f"parity of {name}, error (PEFT's error) against a wider dtype: {text}", soft_wrap=True)
-    if "peft-lora" in samples and "peft-lora again" in samples:
-        spread = pairwise_ratio(samples["peft-lora again"]["step"], samples["peft-lora"]["step"])
-        out.print(f"noise: peft-lora against itself {report.ratio(spread)}")
 
 
 def over(samples: Samples, name: str, other: str) -> Spread | None:

@@ -46,9 +46,9 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0
 
 # fastpeft reads back what it wrote, so only the order of a sum may differ. PEFT computes the same function
-# with other roundings; in bf16, of 8 bits, that shows in the third decimal of a loss.
+# with other roundings: on SmolLM2 in bf16 the losses differed by 2 parts in ten thousand.
 SAME_LOSS = 1e-5
-PEFT_SAME_LOSS = {"bf16": 1e-2, "fp32": 1e-4}
+PEFT_SAME_LOSS = {"bf16": 2e-3, "fp32": 1e-4}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

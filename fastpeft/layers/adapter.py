@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastpeft.ops.dora import dora_linear, row_norm, row_norm_squared
+from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
+from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,7 @@
 
 The second line is what PEFT and the paper's code compute; it is the first one when nothing is dropped.
 
-The norm is factored, so that no [out_features, in_features] temporary exists::
-
-    n^2 = ||W||^2 + rowsum(sB * (2 W A^T + sB (A A^T)))        with ||W||^2 computed once per weight
+The norm is factored (:mod:`fastpeft.ops.row_norm`): no [out_features, in_features] temporary exists.
 
 Backward, with ``g = c * dY`` and ``z = drop(x) W^T + s S B^T``::
 
@@ -36,17 +34,20 @@ from torch import Tensor
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
+from fastpeft.ops import blocked, native
 from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_inputs,
     check_inputs,
     draw_seed,
-    dropout_mask,
     flatten_tokens,
     scaled_cast,
     without_autocast,
 )
-from fastpeft.ops.row_scale import feature_dot, scale_features
+from fastpeft.ops.cpu_gemm import products_in_fp32
+from fastpeft.ops.features import feature_dot
+from fastpeft.ops.products import Dora, Need
+from fastpeft.ops.row_norm import row_norm_squared, row_scale
 
 
 def dora_linear_reference(
@@ -65,29 +66,6 @@ def dora_linear_reference(
     c = magnitude / norm
     y = x @ weight.T + (c - 1) * (dropped @ weight.T) + c * scaling * ((dropped @ lora_A.T) @ lora_B.T)
     return y if bias is None else y + bias
-
-
-def row_norm_squared(weight: Tensor) -> Tensor:
-    """Return ``||W||^2`` per output row, [out_features] in fp32 (fp64), without an fp32 copy of W."""
-    dtype = accumulation_dtype(weight.dtype)
-    if torch.compiler.is_compiling() or weight.dtype == dtype:
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
-        return norm.square()
-    blocks = torch.split(weight, max(1, 2**22 // max(weight.shape[1], 1)))
-    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
-
-
-@without_autocast
-def row_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_norm_squared: Tensor
-) -> Tensor:
-    """Return ``||W + s B A||`` per output row, [out_features] in fp32 (fp64), from its factors."""
-    dtype = accumulation_dtype(weight.dtype)
-    U = weight @ lora_A.to(weight.dtype).t()  # [out_features, r], the only product that reads W
-    A = lora_A.to(dtype)
-    sB = scaled_cast(lora_B, scaling, dtype)
-    cross = torch.addmm(U.to(dtype), sB, A @ A.t(), beta=2.0)
-    return (weight_norm_squared + (sB * cross).sum(1)).clamp_(min=0.0).sqrt_()
 
 
 def dora_linear(
@@ -141,11 +119,6 @@ def dora_linear(
     return outputs[0]
 
 
-def _row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Return c [out_features] in the norm's dtype: m / n, and 0 for a zero row."""
-    return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0.0)
-
-
 def _keeps_product(bias: Tensor | None, seed: Tensor | None) -> bool:
     """Whether dm needs z kept beside y (module docstring)."""
     return bias is not None or seed is not None
@@ -167,19 +140,16 @@ def _dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y [..., out_features], S [tokens, r], n [out_features] and z ([0, out_features] if not kept)."""
     tokens = flatten_tokens(x)
-    norm = row_norm(weight, lora_A, lora_B, scaling, weight_norm_squared)
-    c = _row_scale(magnitude, norm)
-    dropped = tokens if seed is None else tokens * dropout_mask(tokens, dropout_p, seed)
-    S = dropped @ lora_A.to(x.dtype).t()
-    sB = scaled_cast(lora_B, scaling, x.dtype)
-    z = (dropped @ weight.t()).addmm_(S, sB.t())
-    if not _keeps_product(bias, seed):
-        y, z = scale_features(z, c, out=z), z.new_empty(0, z.shape[1])
-    elif seed is None:
-        y = scale_features(z, c).add_(bias)  # type: ignore[arg-type]  # a bias is why z is kept
-    else:
-        y = F.linear(tokens, weight, bias).addmm_(S, sB.t()).addcmul_(z, (c - 1.0).to(z.dtype))
-    return y.view(*x.shape[:-1], weight.shape[0]), S, norm, z
+    dora = Dora(
+        magnitude=magnitude,
+        weight_norm_squared=weight_norm_squared,
+        keep_z=_keeps_product(bias, seed),
+    )
+    way = blocked if products_in_fp32(tokens) else native
+    result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, dora)
+    assert result.norm is not None
+    z = result.y.new_empty(0, weight.shape[0]) if result.z is None else result.z
+    return result.y.view(*x.shape[:-1], weight.shape[0]), result.S, result.norm, z
 
 
 @torch.library.custom_op("fastpeft::dora_linear_backward", mutates_args=())
@@ -207,46 +177,46 @@ def _dora_linear_backward(
     dropout or bias, for that of a magnitude which is exactly 0.
     """
     need_x, need_bias, need_A, need_B, need_m = need
-    shape, dy = dy.shape, flatten_tokens(dy)
+    dy2d = flatten_tokens(dy)
+    tokens = None if x is None else flatten_tokens(x)
+    c = row_scale(magnitude, norm)
+    way = blocked if products_in_fp32(dy2d) else native
+    result = way.backward(
+        dy2d,
+        tokens,
+        weight,
+        lora_A,
+        lora_B,
+        S,
+        scaling,
+        dropout_p,
+        seed,
+        Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m),
+        c,
+        None if kept is None else flatten_tokens(kept),
+    )
     gradients: list[Tensor] = []
-    c = _row_scale(magnitude, norm)
-    mask = None
-    if seed is not None and (need_x or need_A):
-        mask = dropout_mask(dy.new_empty(()).expand(dy.shape[0], weight.shape[1]), dropout_p, seed)
-    if need_x or need_A or need_B:
-        g = scale_features(dy, c)
-    if need_x or need_A:
-        dS = g @ scaled_cast(lora_B, scaling, dy.dtype)
-    if need_x:
-        A = lora_A.to(dy.dtype)
-        if mask is None:
-            dx = (g @ weight).addmm_(dS, A)
-        else:
-            dropped_part = ((dy * (c - 1.0).to(dy.dtype)) @ weight).addmm_(dS, A)
-            dx = (dy @ weight).addcmul_(dropped_part, mask)
-        gradients.append(dx.view(*shape[:-1], weight.shape[1]))
-    if need_bias:
-        gradients.append(dy.sum(0, dtype=bias_dtype))
-    if need_A:
-        assert x is not None
-        tokens = flatten_tokens(x)
-        gradients.append((dS.t() @ (tokens if mask is None else tokens * mask)).to(lora_A.dtype))
-    if need_B:
-        gradients.append(scaled_cast(g.t() @ S, scaling, lora_B.dtype))
-    if need_m:
-        assert kept is not None
+    if result.x is not None:
+        gradients.append(result.x.view(*dy.shape[:-1], weight.shape[1]))
+    if result.bias is not None:
+        gradients.append(result.bias.to(bias_dtype))
+    if result.A is not None:
+        gradients.append(result.A.to(lora_A.dtype))
+    if result.B is not None:
+        gradients.append(result.B.to(lora_B.dtype))
+    if result.dot is not None:
         inverse_norm = torch.where(norm > 0, 1.0 / norm, 0.0)
         if has_bias or seed is not None:
-            dm = feature_dot(dy, flatten_tokens(kept)) * inverse_norm
+            dm = result.dot * inverse_norm
         else:
             m = magnitude.to(norm.dtype)
-            dm = feature_dot(dy, flatten_tokens(kept)) / torch.where(m == 0, 1.0, m)
+            dm = result.dot / torch.where(m == 0, 1.0, m)
             zero_rows = (m == 0).nonzero().squeeze(1)  # y = 0 there and tells nothing of z: compute z again
             if zero_rows.numel():
-                assert x is not None
+                assert tokens is not None
                 sB = scaled_cast(lora_B[zero_rows], scaling, dy.dtype)
-                z = (flatten_tokens(x) @ weight[zero_rows].t()).addmm_(S, sB.t())
-                dm[zero_rows] = feature_dot(dy[:, zero_rows], z) * inverse_norm[zero_rows]
+                z = (tokens @ weight[zero_rows].t()).addmm_(S, sB.t())
+                dm[zero_rows] = feature_dot(dy2d[:, zero_rows], z) * inverse_norm[zero_rows]
         gradients.append(dm.to(magnitude.dtype))
     return gradients
 

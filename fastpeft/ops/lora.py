@@ -22,15 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft import backend as backends
+from fastpeft.ops import blocked, native
 from fastpeft.ops._common import (
     autocast_inputs,
     check_inputs,
     draw_seed,
-    dropout_mask,
     flatten_tokens,
-    scaled_cast,
     without_autocast,
 )
+from fastpeft.ops.cpu_gemm import products_in_fp32
+from fastpeft.ops.products import Need
 
 
 def lora_linear_reference(
@@ -103,8 +104,12 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y [..., out_features] and S [tokens, r]."""
     tokens = flatten_tokens(x)
-    forward = _kernels().lora_forward if backend == "triton" else _forward_torch
-    y, S = forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    if backend == "triton":
+        y, S = _kernels().lora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    else:
+        way = blocked if products_in_fp32(tokens) else native
+        result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, None)
+        y, S = result.y, result.S
     return y.view(*x.shape[:-1], weight.shape[0]), S
 
 
@@ -125,83 +130,29 @@ def _lora_linear_backward(
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Return the gradients that ``need`` asks for, out of (x, lora_A, lora_B, bias), in that order."""
+    dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
-    backward = _kernels().lora_backward if backend == "triton" else _backward_torch
-    dx, dA, dB, dbias = backward(
-        flatten_tokens(dy),
-        tokens,
-        weight,
-        lora_A,
-        lora_B,
-        S,
-        scaling,
-        dropout_p,
-        seed,
-        need_x=need[0],
-        need_A=need[1],
-        need_B=need[2],
-        need_bias=need[3],
-        bias_dtype=bias_dtype,
-    )
+    need_x, need_A, need_B, need_bias = need
+    arguments = (dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout_p, seed)
+    if backend == "triton":
+        dx, dA, dB, dbias = _kernels().lora_backward(
+            *arguments,
+            need_x=need_x,
+            need_A=need_A,
+            need_B=need_B,
+            need_bias=need_bias,
+            bias_dtype=bias_dtype,
+        )
+    else:
+        way = blocked if products_in_fp32(dy2d) else native
+        result = way.backward(*arguments, Need(x=need_x, A=need_A, B=need_B, bias=need_bias), None, None)
+        dx = result.x
+        dA = None if result.A is None else result.A.to(lora_A.dtype)
+        dB = None if result.B is None else result.B.to(lora_B.dtype)
+        dbias = None if result.bias is None else result.bias.to(bias_dtype)
     if dx is not None:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
-
-
-def _forward_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dropped = x if seed is None else x * dropout_mask(x, dropout_p, seed)
-    S = dropped @ lora_A.to(x.dtype).t()
-    y = F.linear(x, weight, bias)
-    # In place, so that the rank-r product costs one pass over y and no [tokens, out_features] temporary.
-    y.addmm_(S, scaled_cast(lora_B, scaling, x.dtype).t())
-    return y, S
-
-
-def _backward_torch(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_bias: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    dx = dA = dB = dbias = mask = None
-    if seed is not None and (need_x or need_A):
-        mask = dropout_mask(dy.new_empty(()).expand(dy.shape[0], weight.shape[1]), dropout_p, seed)
-    if need_x or need_A:
-        dS = dy @ scaled_cast(lora_B, scaling, dy.dtype)
-    if need_x:
-        dx = dy @ weight
-        if mask is None:
-            dx.addmm_(dS, lora_A.to(dy.dtype))
-        else:
-            dx.addcmul_(dS @ lora_A.to(dy.dtype), mask)
-    if need_A:
-        assert x is not None
-        dA = (dS.t() @ (x if mask is None else x * mask)).to(lora_A.dtype)
-    if need_B:
-        dB = scaled_cast(dy.t() @ S, scaling, lora_B.dtype)
-    if need_bias:
-        dbias = dy.sum(0, dtype=bias_dtype)
-    return dx, dA, dB, dbias
 
 
 def _kernels() -> Any:

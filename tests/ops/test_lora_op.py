@@ -28,10 +28,12 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with interpreter.mended(), fastpeft.use_backend(request.param):
-        yield request.param
+@pytest.fixture(params=["torch-native", "torch-fp32", "triton"], autouse=True)
+def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
+    name, _, way = request.param.partition("-")
+    force_products(way)
+    with interpreter.mended(), fastpeft.use_backend(name):
+        yield name
 
 
 def problem(
@@ -140,7 +142,7 @@ def test_only_the_gradient_asked_for(trained):
     torch.testing.assert_close(tensors[trained].grad, expected)
 
 
-def test_frozen_lora_A_saves_no_input():
+def test_a_frozen_lora_a_saves_no_input():
     tensors = problem((64,), 32, 16, 2, torch.float32)
     for name, expected in (("lora_A", True), ("lora_B", False)):
         saved: list[int] = []
@@ -226,7 +228,9 @@ def test_opcheck(backend):
 
 def test_compiles_without_graph_breaks():
     tensors = problem((4,), 16, 12, 2, torch.float32)
-    arguments = [tensors[n].requires_grad_(n != "weight") for n in ("x", "weight", "bias", "lora_A", "lora_B")]
+    arguments = [
+        tensors[n].requires_grad_(n != "weight") for n in ("x", "weight", "bias", "lora_A", "lora_B")
+    ]
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), ours(*arguments))
     (got,) = torch.autograd.grad(compiled(*arguments).square().sum(), arguments[3])
@@ -236,7 +240,9 @@ def test_compiles_without_graph_breaks():
 
 def test_autocast_computes_in_its_dtype(backend):
     tensors = problem((4,), 16, 12, 2, torch.float32)
-    arguments = [tensors[n].requires_grad_(n != "weight") for n in ("x", "weight", "bias", "lora_A", "lora_B")]
+    arguments = [
+        tensors[n].requires_grad_(n != "weight") for n in ("x", "weight", "bias", "lora_A", "lora_B")
+    ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = ours(*arguments)
         gradients = torch.autograd.grad(y.sum(), [arguments[0], arguments[3]])

@@ -1,0 +1,56 @@
+"""Whether a CPU multiplies 16-bit matrices faster as they are or in fp32 (:mod:`fastpeft.ops.blocked`).
+
+Matrix units (AMX) make 16-bit products several times faster than fp32 ones; vector units alone may make
+them slower, and a CPU without 16-bit arithmetic much slower. Without AMX it is measured, once in a process,
+when the first 16-bit product is due. ``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a measurement.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastpeft.errors import ConfigError
+
+ENVIRONMENT_VARIABLE = "FASTPEFT_CPU_GEMM"
+CHOICES = ("auto", "native", "fp32")
+# fp32 must win by this much, so that noise cannot choose the path that also casts.
+MARGIN = 1.25
+# Tokens below which casting W costs more than the faster product saves: one cast of an element of W (about
+# 0.3 ns) buys 0.01 ns a token, at the rates in blocked.py.
+MIN_TOKENS = 64
+
+
+def products_in_fp32(x: Tensor) -> bool:
+    """Whether the torch backend should multiply ``x`` [tokens, in_features] in fp32 blocks."""
+    sixteen_bits = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cpu and sixteen_bits and x.shape[0] >= MIN_TOKENS and _fp32_is_faster(x.dtype)
+
+
+@cache
+def _fp32_is_faster(dtype: torch.dtype) -> bool:
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice != "auto":
+        return choice == "fp32"
+    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False
+    return _seconds(dtype) > MARGIN * _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype, repeats: int = 5) -> float:
+    """Return the least time of a few products of [256, 768] and [768, 768]."""
+    # Not random: the caller's generator must not move. Not constant: zeros multiply faster than data.
+    x = torch.linspace(-1.0, 1.0, 256 * 768).reshape(256, 768).to(dtype)
+    weight = torch.linspace(-1.0, 1.0, 768 * 768).reshape(768, 768).to(dtype)
+    times = []
+    for _ in range(repeats + 1):  # the first one also warms up
+        start = time.perf_counter()
+        x @ weight.t()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,65 @@
+"""Inputs and results of the torch backend's forward and backward, whichever way it multiplies.
+
+Two modules compute them: :mod:`fastpeft.ops.native` in the operands' dtype, :mod:`fastpeft.ops.blocked`
+in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora:
+    """What makes a forward DoRA.
+
+    Attributes:
+        magnitude: m [out_features].
+        weight_norm_squared: ``||W||^2`` by row [out_features], fp32 (fp64).
+        keep_z: whether z is wanted beside y.
+    """
+
+    magnitude: Tensor
+    weight_norm_squared: Tensor
+    keep_z: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """Results of a forward.
+
+    Attributes:
+        y: [tokens, out_features] in x's dtype.
+        S: ``drop(x) A^T`` [tokens, r] in x's dtype.
+        norm: DoRA's row norm [out_features] in fp32 (fp64).
+        z: DoRA's product before the row scale, [tokens, out_features], where it was asked for.
+    """
+
+    y: Tensor
+    S: Tensor
+    norm: Tensor | None = None
+    z: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Which gradients a backward is asked for; ``dot`` is colsum(dY * kept), of which DoRA makes dm."""
+
+    x: bool
+    A: bool
+    B: bool
+    bias: bool
+    dot: bool = False
+
+
+@dataclass(kw_only=True)
+class Gradients:
+    """Results of a backward: x in its own dtype; the others in it or in fp32 (fp64)."""
+
+    x: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    bias: Tensor | None = None
+    dot: Tensor | None = None

@@ -85,8 +85,8 @@ def finetune(o: options.Options) -> int:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"model     {folder.resolve().name}, {o.dtype}, {millions:.1f}M parameters")
     say(f"text      {text.name}: {train_rows.numel():,} tokens to train on, {len(text.train)} file(s)")
-    for title, rows in held_out.items():
-        say(f"held out  {title}: {rows.numel():,} tokens scored")
+    for part, rows in held_out.items():
+        say(f"held out  {part}: {rows.numel():,} tokens scored")
 
     say("before training ...")
     perplexity_before = evaluate(model, held_out)
@@ -117,7 +117,8 @@ def finetune(o: options.Options) -> int:
     del fresh
     same &= check_with_peft(folder, o, trained_loss, check_rows)
 
-    report.plot_losses(losses, f"{folder.resolve().name} on {text.name}, {o.method} r={o.rank}", o.out / "loss.png")
+    title = f"{folder.resolve().name} on {text.name}, {o.method} r={o.rank}"
+    report.plot_losses(losses, title, o.out / "loss.png")
     figures = {
         "options": asdict(o),
         "perplexity_before": perplexity_before,

@@ -26,9 +26,7 @@ def llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, hidden: int
 
 def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     torch.manual_seed(1)
-    config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
-    )
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
     return GPT2LMHeadModel(config).to(dtype).eval()
 
 

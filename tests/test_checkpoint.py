@@ -217,10 +217,16 @@ def test_damaged_folders_are_refused_and_change_nothing(damage, said, patched, t
 def test_another_shape_of_adapter_is_refused(tmp_path):
     fastpeft.save(trained(llama), tmp_path)
     for options, said in (
-        ({"r": 8, "lora_alpha": 8}, "the model has r=8, scaling=1, use_dora=False; the folder has r=4, scaling=2"),
+        (
+            {"r": 8, "lora_alpha": 8},
+            "the model has r=8, scaling=1, use_dora=False; the folder has r=4, scaling=2",
+        ),
         ({"r": 4, "lora_alpha": 16}, "the model has r=4, scaling=4"),
         ({"r": 4, "lora_alpha": 8, "use_dora": True}, "use_dora=True; the folder"),
-        ({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, "k_proj.lora_A.weight: in the file, not in"),
+        (
+            {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+            "k_proj.lora_A.weight: in the file, not in",
+        ),
     ):
         model = fastpeft.patch(llama(), fastpeft.LoRA(**options))
         before = snapshot(model)

@@ -31,7 +31,10 @@ import fastpeft
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q']: expected a number above 0, got -1"),
         ({"rank_pattern": [1]}, "rank_pattern: expected a dict"),
         ({"layers_to_transform": [-1]}, "layers_to_transform: expected block indices of at least 0"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True, False or 'gaussian', got 'pissa'"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights: expected True, False or 'gaussian', got 'pissa'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

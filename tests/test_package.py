@@ -29,7 +29,17 @@ sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in s
 def site(tmp_path_factory) -> Path:
     """A folder that holds the unpacked wheel and nothing of the repository."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, cwd=folder, timeout=300)
     (wheel,) = folder.glob("fastpeft-*.whl")
     target = folder / "site"

@@ -145,7 +145,9 @@ def test_a_fresh_patch_changes_no_output_bit(make, use_dora):
 
 
 def test_report_names_every_linear():
-    model = fastpeft.patch(llama(), fastpeft.LoRA(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = fastpeft.patch(
+        llama(), fastpeft.LoRA(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     text = str(fastpeft.report(model))
     assert "model.layers.0.self_attn.q_proj: patched, LoRA(r=4, scaling=4)" in text
     assert "model.layers.1.mlp.up_proj: skipped, not targeted" in text
@@ -256,7 +258,9 @@ def test_unpatch_restores_every_bit(make):
     model.get_input_embeddings().weight.requires_grad_(False)
     before, expected = snapshot(model), model(tokens()).logits
     modules = dict(model.named_modules())
-    config = fastpeft.LoRA(r=4, use_dora=True, bias="all", modules_to_save=["lm_head"], target_modules="all-linear")
+    config = fastpeft.LoRA(
+        r=4, use_dora=True, bias="all", modules_to_save=["lm_head"], target_modules="all-linear"
+    )
     fastpeft.patch(model, config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(tokens(), labels=tokens()).loss.backward()

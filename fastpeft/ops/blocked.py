@@ -8,6 +8,9 @@ temporary, so W is taken in blocks of rows that stay in the cache while they are
 The blocks also fuse: a block of y gets its rank-r product, row scale and bias before it is rounded, once; and
 one read of a block of dY gives its share of dx, dS, dB, dbias and dm. The masters of fp32 adapters are used
 as they are, and dA and dB are never rounded to 16 bits.
+
+Tried and not kept: W's block copied beside its rows of ``s B``, so that ``[x | S] [W | sB]^T`` and
+``dY [W | sB] = [dx | dS]`` are one GEMM each. Predicted 5% less time; measured within 1% either way.
 """
 
 from __future__ import annotations

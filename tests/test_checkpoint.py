@@ -117,7 +117,7 @@ def test_a_failed_save_leaves_the_old_files_whole(tmp_path, monkeypatch, step):
         monkeypatch.setattr(checkpoint, "save_file", fail)
     else:
         monkeypatch.setattr(checkpoint.Path, "replace", fail)
-    with pytest.raises(fastpeft.CheckpointError, match="cannot write to .*No space left"):
+    with pytest.raises(fastpeft.CheckpointError, match=r"cannot write to .*No space left"):
         fastpeft.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -180,7 +180,8 @@ DAMAGES = {
         lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(1))), "extra: in the file, not in the model",
     ),
     "wrong-shape": (
-        lambda f: rewrite(f, lambda t: t.update({KEY: torch.ones(4, 31)})), "expected shape [4, 32], got [4, 31]",
+        lambda f: rewrite(f, lambda t: t.update({KEY: torch.ones(4, 31)})),
+        "expected shape [4, 32], got [4, 31]",
     ),
     "other-names": (
         lambda f: reconfigure(f, target_modules=["query_key_value"]), "matches 'query_key_value'",

@@ -56,8 +56,9 @@ def test_it_is_frozen_and_hashes_no_surprises():
 def test_every_shared_field_comes_over_from_peft():
     theirs = peft.LoraConfig(
         r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj"], exclude_modules=["x"], use_dora=True,
-        use_rslora=True, bias="lora_only", modules_to_save=["head"], rank_pattern={"q": 2}, alpha_pattern={"q": 3},
-        layers_to_transform=[0, 2], init_lora_weights="gaussian", task_type="CAUSAL_LM",
+        use_rslora=True, bias="lora_only", modules_to_save=["head"], rank_pattern={"q": 2},
+        alpha_pattern={"q": 3}, layers_to_transform=[0, 2],
+        init_lora_weights="gaussian", task_type="CAUSAL_LM",
     )  # fmt: skip
     ours = fastpeft.LoRA.from_peft(theirs)
     for field in dataclasses.fields(ours):

@@ -88,7 +88,8 @@ def test_a_missing_triton_is_one_clear_error_when_used(site):
 import torch, fastpeft
 fastpeft.set_backend("triton")
 try:
-    fastpeft.lora_linear(torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), scaling=1.0)
+    x, W, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+    fastpeft.lora_linear(x, W, None, A, B, scaling=1.0)
 except fastpeft.BackendError as error:
     print(error)
 """

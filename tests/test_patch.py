@@ -1,4 +1,4 @@
-"""patch and unpatch on plain models: which modules, sharing, freezing, training like PEFT, refusals, undoing."""
+"""patch and unpatch on plain models: targets, sharing, freezing, training like PEFT, refusals, undoing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_module_at_two_places_gets_one_adapter():
 
 def test_base_weights_are_shared_and_frozen():
     model = llama(tied=True)
-    weights = {name: p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     keys = set(model.state_dict())
     fastpeft.patch(model, fastpeft.LoRA(r=2, target_modules=["q_proj", "lm_head"]))
     after = dict(model.named_parameters())

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from fastpeft_kernels import launch
 from torch import Tensor
+
+from fastpeft_kernels import launch
 
 PADDING = 7  # rows and columns of NaN on each side of an input: odd, so that nothing is aligned by luck
 GUARD = 64  # elements on each side of an output

@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastpeft_kernels import launch
 from triton.runtime import interpreter as triton_interpreter
 
+from fastpeft_kernels import launch
 from tests.kernels import interpreter, memory
 
 needs_interpreter = pytest.mark.skipif(

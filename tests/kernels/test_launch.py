@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastpeft_kernels import configs, is_available, launch, lora_forward, rank_r_gemm
 
 KERNELS = Path(__file__).parents[2] / "kernels"

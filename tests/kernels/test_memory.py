@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastpeft_kernels import lora_backward, lora_forward
 
+from fastpeft_kernels import lora_backward, lora_forward
 from tests.kernels import interpreter, memory
 from tests.kernels.reference import Problem, make_problem
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpeft_kernels import configs, lora_backward, lora_forward
 
+from fastpeft_kernels import configs, lora_backward, lora_forward
 from tests.kernels.reference import Problem, evaluate, make_problem
 from tests.tolerance import assert_within_rule
 

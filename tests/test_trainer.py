@@ -45,4 +45,5 @@ def test_trainer_trains_checkpoints_and_resumes(tmp_path):
     assert trainer.state.global_step == 12
     torch.testing.assert_close(loss(resumed), loss(model), rtol=1e-3, atol=1e-3)
     fastpeft.save(model, tmp_path / "adapter")
-    assert loss(fastpeft.load(llama(), tmp_path / "adapter")) == loss(model)
+    loaded = fastpeft.load(llama(), tmp_path / "adapter").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

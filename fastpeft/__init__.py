@@ -15,7 +15,6 @@ from fastpeft.errors import (
     CheckpointError,
     ConfigError,
     FastPeftError,
-    MissingDependencyError,
     PatchError,
     ShapeError,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "ConfigError",
     "FastPeftError",
     "LoRA",
-    "MissingDependencyError",
     "PatchError",
     "PatchReport",
     "ShapeError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, cast
 
@@ -58,6 +59,12 @@ def use_backend(name: Backend) -> Iterator[None]:
         set_backend(previous)
 
 
+@cache
+def _has_configuration(device: torch.device) -> bool:
+    """Whether the kernels support a GPU: every AMD part, and NVIDIA's from sm_80 on (bf16 tensor cores)."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -73,9 +80,8 @@ def resolve(x: torch.Tensor, *, op: str, has_triton: bool = True) -> ResolvedBac
         return "torch"
     on_gpu = x.is_cuda  # True on ROCm as well
     if _selected == "auto":
-        if on_gpu and has_triton and x.dtype is not torch.float64 and TRITON_IS_IMPORTABLE:
-            return "triton"
-        return "torch"
+        runs = has_triton and TRITON_IS_IMPORTABLE and x.dtype is not torch.float64
+        return "triton" if runs and on_gpu and _has_configuration(x.device) else "torch"
     if not has_triton:
         raise BackendError(f"{op}: no Triton kernel yet; expected backend 'auto' or 'torch', got 'triton'")
     if not TRITON_IS_IMPORTABLE:
@@ -87,4 +93,6 @@ def resolve(x: torch.Tensor, *, op: str, has_triton: bool = True) -> ResolvedBac
             f"{op}: backend 'triton' needs a GPU tensor, got one on {x.device} "
             "(set TRITON_INTERPRET=1 before Python starts to run the kernels interpreted)"
         )
+    if on_gpu and not _has_configuration(x.device):
+        raise BackendError(f"{op}: the Triton kernels need compute capability 8.0, {x.device} is older")
     return "triton"

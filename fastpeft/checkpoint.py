@@ -1,8 +1,8 @@
 """Write and read adapter folders in PEFT's format: ``adapter_config.json`` + ``adapter_model.safetensors``.
 
-Files are written under temporary names, flushed to the disk and renamed, so that a failed or killed save
-leaves the old files whole. Reading compares everything first and copies only if all of it fits. Nothing is
-ever unpickled.
+Files are written under temporary names, flushed to the disk and renamed one after the other, so that a failed
+or killed save leaves each old file whole. Reading compares everything first and copies only if all of it
+fits. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
         CheckpointError: the folder is missing, damaged, of another base model or of another method; the
             message lists what differs and the model is left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"load: expected a torch.nn.Module, got {type(model).__name__}")
     path = Path(folder)
     config = _read_config(path)
     lora = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
@@ -149,7 +151,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"save it again as {WEIGHTS_NAME}"
         )
     tensors = _read(file, lambda: load_file(file))
-    return {peft_format.normalised_key(key): tensor for key, tensor in tensors.items()}
+    return {
+        peft_format.normalised_key(key): tensor
+        for key, tensor in tensors.items()
+        if not peft_format.is_redundant(key)
+    }
 
 
 T = TypeVar("T")

@@ -35,13 +35,19 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 _INITIALISATIONS = (True, False, "gaussian")
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """LoRA (arXiv 2106.09685) or, with ``use_dora``, DoRA (arXiv 2402.09353) on chosen linear layers.
 
-    Every field has the name and meaning it has in ``peft.LoraConfig``.
+    Every field has the name and meaning it has in ``peft.LoraConfig``; only the default of
+    ``target_modules`` differs (PEFT keeps a table of names by model type, which is used for its own objects).
 
     Attributes:
         r: rank of the update ``B A``.
@@ -54,7 +60,7 @@ class LoRA:
         use_dora: learn a magnitude per output feature beside the low-rank direction.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
         bias: which biases of the base train: ``"none"``, ``"all"``, or ``"lora_only"`` (of patched modules).
-        modules_to_save: names or suffixes of modules trained whole and saved with the adapter.
+        modules_to_save: modules trained whole and saved with the adapter: every one whose path ends so.
         rank_pattern: rank by module, for names, suffixes or regular expressions that differ from ``r``.
         alpha_pattern: likewise for ``lora_alpha``.
         layers_to_transform: indices of the repeated blocks to patch; None means all.
@@ -135,6 +141,10 @@ class LoRA:
             unsupported.append(f"init_lora_weights={values['init_lora_weights']!r}")
         if unsupported:
             raise ConfigError(f"peft.LoraConfig sets what fastpeft does not honour: {', '.join(unsupported)}")
+        # As PEFT's model classes do: the new head of a task trains whole.
+        task = getattr(values.get("task_type"), "value", values.get("task_type"))
+        heads = [h for h in _TASK_HEADS.get(str(task), ()) if h not in (values.get("modules_to_save") or ())]
+        values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *heads]
         # fan_in_fan_out only repeats what the module's class says (Conv1D or Linear).
         return cls(**{name: value for name, value in values.items() if name in ours})
 

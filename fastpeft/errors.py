@@ -23,7 +23,3 @@ class BackendError(FastPeftError, RuntimeError):
 
 class ShapeError(FastPeftError, ValueError):
     """An op was given tensors whose shapes, dtypes or devices do not fit together."""
-
-
-class MissingDependencyError(FastPeftError, ImportError):
-    """A feature needs a package that is not installed."""

@@ -7,6 +7,7 @@ modules, then swaps them in.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
 from fastpeft.layers.kinds import adapter_class
 from fastpeft.patch_report import ModuleReport, PatchReport
 from fastpeft.state import PatchState, find_state, require_state, store_state
-from fastpeft.targets import Selection, listed, match_names, select
+from fastpeft.targets import Selection, listed, select, trains_whole
 
 logger = logging.getLogger("fastpeft")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -47,7 +48,10 @@ def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -
     """
     # PEFT users list the names of several model families at once: for them one match is enough.
     allow_unmatched = config is not None and not isinstance(config, LoRA)
-    return apply_patch(model, as_lora(config), adapter_name, allow_unmatched=allow_unmatched)
+    lora = as_lora(config)
+    if allow_unmatched and lora.target_modules is None and (names := _pefts_default(model)):
+        lora = dataclasses.replace(lora, target_modules=names)
+    return apply_patch(model, lora, adapter_name, allow_unmatched=allow_unmatched)
 
 
 def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
@@ -65,9 +69,9 @@ def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatch
         )
     _refuse_foreign_adapters(model)
     selection = select(model, config, allow_unmatched=allow_unmatched)
-    saved = _modules_to_save(model, config)
+    saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
     replacements = _build(selection, config, adapter_name)
-    trained = {path: copy.deepcopy(module) for path, module in saved.items()}
+    trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
     _swap_in(model, config, adapter_name, selection, replacements, trained)
     logger.info("fastpeft: %s", report(model).summary())
     return model
@@ -77,11 +81,17 @@ def unpatch(model: ModelT) -> ModelT:
     """Take the adapter off: the original modules, requires_grad flags and base values come back bitwise.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or modules of it were taken away since; nothing is changed.
     """
     state = require_state(model, "unpatch")
+    present = dict(model.named_parameters(remove_duplicate=False))
+    gone = [name for name in [*state.requires_grad, *state.trained_values] if name not in present]
+    if gone:
+        raise PatchError(f"unpatch: the model lost parameters that it had at the patch: {listed(gone)}")
+    first_layer = next(layer for _, layer in adapter_layers(model))
+    cast = first_layer.weight.dtype is not state.base_dtype
     for path, original in state.originals.items():
-        _bring_up_to_date(original, model.get_submodule(path))
+        _bring_up_to_date(original, model.get_submodule(path), cast=cast)
         _set_submodule(model, path, original)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -124,16 +134,33 @@ def _refuse_foreign_adapters(model: nn.Module) -> None:
             )
 
 
-def _modules_to_save(model: nn.Module, config: LoRA) -> dict[str, nn.Module]:
+def _pefts_default(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the names that PEFT takes where its configuration has none: its table by model type."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+    except ImportError:  # its configuration came as something that only looks like PEFT's
+        return None
+    names = TABLE.get(kind)
+    return None if names is None else tuple(names)
+
+
+def _modules_to_save(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> dict[str, nn.Module]:
     """Return the outermost modules that ``modules_to_save`` names, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if path and not inside and match_names(config.modules_to_save, path):
+        if path and not inside and trains_whole(path, config):
             found[path] = module
-    missing = [n for n in config.modules_to_save if not any(match_names((n,), path) for path in found)]
-    if missing:
+    missing = [n for n in config.modules_to_save if not any(path.endswith(n) for path in found)]
+    if missing and not allow_unmatched:
         raise PatchError(f"modules_to_save: no module of the model matches {listed(missing)}")
+    for path, module in found.items():
+        for name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise PatchError(
+                    f"modules_to_save: {path}.{name} is {parameter.dtype}, expected a floating-point type"
+                )
     return found
 
 
@@ -176,8 +203,6 @@ def _swap_in(
         parameter.requires_grad_(False)
     for path, module in [*replacements.items(), *trained.items()]:
         _set_submodule(model, path, module)
-    for module in trained.values():
-        module.requires_grad_(True)
     biases = dict(_trained_biases(model, config))
     for bias in biases.values():
         bias.requires_grad_(True)
@@ -187,6 +212,7 @@ def _swap_in(
         adapter_name=adapter_name,
         originals=originals,
         requires_grad=requires_grad,
+        base_dtype=next(iter(replacements.values())).weight.dtype,
         trained_values={name: bias.detach().clone() for name, bias in biases.items()},
         saved_modules=tuple(trained),
         report=PatchReport(
@@ -202,7 +228,8 @@ def _swap_in(
 def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, Tensor]]:
     """Yield (qualified name, Parameter) of the base's biases that the configuration trains."""
     if config.bias == "all":
-        yield from ((n, p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias")
+        named = model.named_parameters(remove_duplicate=False)  # PEFT's files hold a tied one twice
+        yield from ((n, p) for n, p in named if n.rpartition(".")[2] == "bias")
     elif config.bias == "lora_only":
         yield from ((f"{n}.bias", m.bias) for n, m in adapter_layers(model) if m.bias is not None)
 
@@ -229,14 +256,23 @@ def _module_reports(
             yield ModuleReport(path, "skipped", reason)
 
 
-def _bring_up_to_date(original: nn.Module, current: nn.Module) -> None:
-    """Carry over to a module that waited outside the model what happened to the one in its place."""
+def _bring_up_to_date(original: nn.Module, current: nn.Module, *, cast: bool) -> None:
+    """Carry over to a module that waited outside the model what happened to the one in its place.
+
+    ``cast``: the whole model changed its dtype, so the module follows; the trained copy alone may have been
+    cast for training, and that is not carried over.
+    """
     original.train(current.training)
     if isinstance(current, AdapterMixin):
         for name in original._parameters:
             original._parameters[name] = current._parameters[name]
-    elif (reference := next(current.parameters(), None)) is not None:
-        original.to(device=reference.device, dtype=reference.dtype)
+        return
+    pairs = [
+        *zip(original.parameters(), current.parameters(), strict=True),
+        *zip(original.buffers(), current.buffers(), strict=True),
+    ]
+    for own, other in pairs:
+        own.data = own.data.to(device=other.device, dtype=other.dtype if cast else own.dtype)
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -31,7 +31,7 @@ def file_parameters(model: nn.Module, state: PatchState) -> dict[str, nn.Paramet
         found[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
         if layer.specs[name].use_dora:
             found[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for bias_name in state.trained_values:
         owner = bias_name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if owner in layers else bias_name
@@ -40,6 +40,11 @@ def file_parameters(model: nn.Module, state: PatchState) -> dict[str, nn.Paramet
         for parameter_name, parameter in model.get_submodule(path).named_parameters():
             found[f"{PREFIX}{path}.{parameter_name}"] = parameter
     return found
+
+
+def is_redundant(key: str) -> bool:
+    """Whether PEFT wrote a key twice: with ``bias="all"`` its wrappers' inner names appear as well."""
+    return ".modules_to_save." in key or ".original_module." in key
 
 
 def normalised_key(key: str) -> str:
@@ -79,12 +84,14 @@ def from_peft_config(content: object, where: str) -> LoRA:
     """
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    # A file's adapter replaces what the initialisation gave, unless that changed the base weight as well.
+    initialised = content.get("init_lora_weights", True)
+    if initialised in (True, False, "gaussian", "orthogonal", "eva"):
+        content = {**content, "init_lora_weights": True}
     try:
-        config = LoRA.from_peft(content)
+        return LoRA.from_peft(content)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{where}: {error}") from None
-    # A file's adapter weights replace whatever the initialisation gave.
-    return dataclasses.replace(config, init_lora_weights=True)
 
 
 def base_model_name(model: nn.Module) -> str:

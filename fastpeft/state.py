@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fastpeft.config import LoRA
@@ -22,6 +23,7 @@ class PatchState:
         adapter_name: the name its adapter has in the model.
         originals: replaced modules by path; a module shared by several paths stands under each.
         requires_grad: the flag of every base Parameter before the patch, by qualified name.
+        base_dtype: dtype of the first patched weight at the patch, to tell a later cast of the whole model.
         trained_values: the values, before training, of base Parameters that train in place (biases), by name.
         saved_modules: paths of the modules that train whole (``modules_to_save``).
         report: what was done to every module.
@@ -31,6 +33,7 @@ class PatchState:
     adapter_name: str
     originals: dict[str, nn.Module]
     requires_grad: dict[str, bool]
+    base_dtype: torch.dtype
     trained_values: dict[str, Tensor]
     saved_modules: tuple[str, ...]
     report: PatchReport = field(repr=False)

@@ -13,6 +13,7 @@ from fastpeft.config import ALL_LINEAR, LoRA
 from fastpeft.errors import PatchError
 from fastpeft.layers.kinds import adapter_class, is_linear_like
 
+_MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")  # PEFT refuses out_proj for these
 _SHOWN = 8  # names listed in an error before "and N more"
 
 
@@ -65,7 +66,7 @@ def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selectio
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield (path, index) of the blocks: children of the outermost lists of modules of one class."""
+    """Yield (path, index) of the blocks: children of the outermost lists of modules that hold linears."""
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, int]]:
         prefix = f"{path}." if path else ""
@@ -79,10 +80,17 @@ def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _is_stack(container: nn.ModuleList | nn.Sequential) -> bool:
-    kinds = {type(child) for child in container}
-    has_linear = any(is_linear_like(m) for m in container.modules())
-    leaves = any(is_linear_like(child) for child in container)
-    return len(kinds) == 1 and has_linear and not leaves
+    if any(is_linear_like(child) for child in container):
+        return False
+    with_linears = [any(is_linear_like(m) for m in child.modules()) for child in container]
+    if isinstance(container, nn.ModuleList):  # blocks of several classes too, as in hybrid models
+        return len(container) > 0 and all(with_linears)
+    return len({type(child) for child in container}) == 1 and any(with_linears)
+
+
+def trains_whole(path: str, config: LoRA) -> bool:
+    """PEFT's rule for ``modules_to_save``: the path ends so, be it inside a name."""
+    return path.endswith(config.modules_to_save) if config.modules_to_save else False
 
 
 def match_names(names: Iterable[str], path: str) -> bool:
@@ -116,6 +124,11 @@ def _implicit(
     skipped: dict[str, str],
 ) -> list[str]:
     linears = [path for path, module in modules.items() if path and is_linear_like(module)]
+    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES:
+        for path in linears:
+            if path.endswith("out_proj"):
+                skipped[path] = "Mamba's fused kernel reads its weight without calling it"
+        linears = [path for path in linears if path not in skipped]
     if config.target_modules is None:
         return [path for path in linears if _block_index(path, blocks) is not None]
     get_output = getattr(model, "get_output_embeddings", None)
@@ -133,7 +146,7 @@ def _implicit(
 def _left_out(path: str, blocks: dict[str, int], config: LoRA) -> str | None:
     if _matches(config.exclude_modules, path):
         return "in exclude_modules"
-    if any(match_names(config.modules_to_save, prefix) for prefix in _prefixes(path)):
+    if any(trains_whole(prefix, config) for prefix in _prefixes(path)):
         return "in modules_to_save"
     if config.layers_to_transform is not None:
         index = _block_index(path, blocks)
@@ -194,7 +207,7 @@ def _nothing_message(model: nn.Module, config: LoRA, skipped: dict[str, str]) ->
     kind = type(model).__name__
     if config.target_modules is None and not skipped:
         return (
-            f"{kind} has no repeated blocks (a ModuleList of one class) with linear layers; "
+            f"{kind} has no repeated blocks (a ModuleList, or a Sequential of one class) with linears; "
             "name the modules with target_modules, or use target_modules='all-linear'"
         )
     reasons = listed([f"{path} ({reason})" for path, reason in skipped.items()])

@@ -10,6 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import fastpeft
 from fastpeft import checkpoint
@@ -279,3 +285,47 @@ def test_older_pefts_name_of_the_magnitude_is_read(tmp_path):
         lambda t: [t.update({f"{k}.weight": t.pop(k)}) for k in list(t) if k.endswith("magnitude_vector")],
     )
     assert torch.equal(logits(fastpeft.load(llama(), tmp_path)), logits(model))
+
+
+def distilbert():
+    torch.manual_seed(1)
+    config = DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=64, num_labels=3)
+    return DistilBertForSequenceClassification(config).eval()
+
+
+def bert():
+    torch.manual_seed(1)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    return BertForMaskedLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        # PEFT adds modules_to_save=["classifier", "score"]: one exists, and "pre_classifier" ends so too
+        (distilbert, {"task_type": "SEQ_CLS", "target_modules": ["q_lin", "v_lin"]}),
+        (distilbert, {"task_type": "SEQ_CLS", "target_modules": ["q_lin", "lin1"], "bias": "all"}),
+        (bert, {"target_modules": ["query", "value"], "bias": "all"}),  # the decoder's bias is tied
+        (bert, {"target_modules": ["query"], "init_lora_weights": "orthogonal", "r": 8}),
+    ],
+    ids=["classifier", "classifier-all-biases", "tied-bias", "orthogonal"],
+)
+def test_folders_that_peft_writes(make, options, tmp_path):
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = fastpeft.load(make(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    fastpeft.save(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
+    torch.testing.assert_close(logits(back), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_load_into_no_model(tmp_path):
+    with pytest.raises(fastpeft.CheckpointError, match=r"expected a torch.nn.Module, got str"):
+        fastpeft.load("model", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("fastpeft", "kernels/fastpeft_kernels")
 
 # A finder that makes the named packages look uninstalled, as in a clean environment.
 BLOCK = """
@@ -29,17 +31,13 @@ sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in s
 def site(tmp_path_factory) -> Path:
     """A folder that holds the unpacked wheel and nothing of the repository."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(folder),
-        str(ROOT),
-    ]
+    clean = folder / "source"  # setuptools would put what an earlier build left in build/ into the wheel
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, clean / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clean / name)
+    options = ["--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    build = [sys.executable, "-m", "pip", "wheel", *options, str(clean)]
     subprocess.run(build, check=True, cwd=folder, timeout=300)
     (wheel,) = folder.glob("fastpeft-*.whl")
     target = folder / "site"
@@ -48,7 +46,7 @@ def site(tmp_path_factory) -> Path:
     return target
 
 
-def run(site: Path, code: str, blocked: set[str] = frozenset(), **environment: str) -> str:
+def run(site: Path, code: str, blocked: frozenset[str] | set[str] = frozenset()) -> str:
     """Run code in a new process whose only fastpeft is the wheel's, outside the repository."""
     # -I keeps PYTHONPATH and the working folder out; an editable install is pushed back by the path order.
     program = BLOCK.format(blocked=set(blocked)) + f"import sys; sys.path.insert(0, {str(site)!r})\n" + code
@@ -62,8 +60,10 @@ def run(site: Path, code: str, blocked: set[str] = frozenset(), **environment: s
 def test_the_wheel_holds_the_two_packages_and_nothing_else(site):
     names = {path.name for path in site.iterdir()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"fastpeft", "fastpeft_kernels"}
-    assert (site / "fastpeft" / "py.typed").exists()
-    assert (site / "fastpeft_kernels" / "py.typed").exists()
+    for package in PACKAGES:
+        inside = {str(p.relative_to(site)) for p in (site / Path(package).name).rglob("*") if p.is_file()}
+        source = [p for p in (ROOT / package).rglob("*") if p.suffix == ".py" or p.name == "py.typed"]
+        assert inside == {str(p.relative_to((ROOT / package).parent)) for p in source}
     assert list(site.glob("*.dist-info/licenses/LICENSE"))
 
 

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
@@ -307,6 +308,43 @@ def test_peft_config_is_accepted_with_pefts_rule_for_names():
     assert model.model.layers[0].self_attn.q_proj.specs["default"].scaling == 2.0
 
 
+def test_a_copy_trained_in_fp32_leaves_the_original_as_it_was():
+    model = llama(torch.bfloat16)
+    before = snapshot(model)
+    fastpeft.patch(model, fastpeft.LoRA(r=2, modules_to_save=["lm_head"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    fastpeft.unpatch(model)
+    assert_unchanged(model, before)
+
+
+def test_hybrid_stacks_are_blocks_too():
+    model = nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(
+                [nn.ModuleDict({"proj": nn.Linear(4, 4)}), nn.Sequential(nn.Linear(4, 4), nn.ReLU())]
+            ),
+            "head": nn.Linear(4, 2),
+        }
+    )
+    fastpeft.patch(model, fastpeft.LoRA(r=2))
+    assert fastpeft.report(model).patched == ("layers.0.proj", "layers.1.0")
+
+
+def test_pefts_own_defaults_hold_for_its_configuration():
+    model = fastpeft.patch(llama(), peft.LoraConfig(r=2))
+    assert last_names(model) == {"q_proj", "v_proj"}
+    for task, heads in (("SEQ_CLS", {"score"}), ("CAUSAL_LM", set())):
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64,
+            pad_token_id=0,
+        )  # fmt: skip
+        classifier = fastpeft.patch(LlamaForSequenceClassification(config), peft.LoraConfig(task_type=task))
+        trained = {n for n, p in classifier.named_parameters() if p.requires_grad and "lora_" not in n}
+        assert {name.partition(".")[0] for name in trained} == heads
+
+
 # --- refusals: one clear error, nothing changed
 
 
@@ -380,3 +418,23 @@ def test_other_wrong_arguments():
         fastpeft.unpatch(outer)
     with pytest.raises(fastpeft.PatchError, match="already patched by fastpeft, inside this model"):
         fastpeft.patch(outer)
+
+
+def test_integer_modules_to_save_are_refused_before_anything_changes():
+    model = llama()
+    model.extra = nn.Module()
+    model.extra.table = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    before = snapshot(model)
+    with pytest.raises(fastpeft.PatchError, match=r"extra.table is torch.int8, expected a floating-point"):
+        fastpeft.patch(model, fastpeft.LoRA(r=2, modules_to_save=["extra"]))
+    assert_unchanged(model, before)
+
+
+def test_unpatch_of_a_model_that_lost_parts_changes_nothing():
+    model = fastpeft.patch(llama(), fastpeft.LoRA(r=2))
+    del model.model.norm
+    before = snapshot(model)
+    with pytest.raises(fastpeft.PatchError, match=r"lost parameters.*model.norm.weight"):
+        fastpeft.unpatch(model)
+    assert_unchanged(model, before)
+    assert fastpeft.report(model).patched

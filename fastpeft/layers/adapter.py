@@ -88,8 +88,8 @@ class AdapterMixin(nn.Module):
                 norm = row_norm(weight, lora_A, lora_B, spec.scaling, row_norm_squared(weight))
             self.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+    def adapted(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]: what the layer's forward computes."""
         name = self.active_adapter
         spec = self.specs[name]
         dropout_p = spec.lora_dropout if self.training else 0.0
@@ -111,10 +111,15 @@ class AdapterMixin(nn.Module):
         )
 
     def _weight_norm_squared(self) -> Tensor | None:
-        """``||W||^2`` by row, computed again only when the weight is another tensor or was written to."""
+        """``||W||^2`` by row, computed again when the weight is another tensor or was written to in place.
+
+        A write through ``weight.data`` leaves no trace in torch and is not seen.
+        """
         weight = self.weight
-        if torch.compiler.is_compiling() or weight.requires_grad:
-            return None  # the op computes it: a traced graph must not keep a value, a training W has none
+        if torch.compiler.is_compiling() or weight.requires_grad or weight.is_inference():
+            # The op computes it: a traced graph must not keep a value, a training weight has none to keep,
+            # one made in inference mode counts no writes.
+            return None
         key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._norm_cache is None or self._norm_cache[0] != key:
             with torch.no_grad():

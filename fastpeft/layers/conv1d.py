@@ -15,6 +15,10 @@ class LoRAConv1D(AdapterMixin, Conv1D):  # type: ignore[misc]  # transformers is
         """Return the weight [in_features, out_features] as a transposed view."""
         return self.weight.t()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., nx] to [..., nf]."""
+        return self.adapted(x)
+
     def extra_repr(self) -> str:
         """Return the sizes and the adapter."""
         return f"nf={self.nf}, nx={self.nx}, {self.adapter_repr()}"

@@ -14,6 +14,10 @@ class LoRALinear(AdapterMixin, nn.Linear):  # type: ignore[misc]  # torch types 
         """Return the weight as it is stored."""
         return self.weight
 
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return self.adapted(input)
+
     def extra_repr(self) -> str:
         """Return nn.Linear's line and the adapter's."""
         return f"{nn.Linear.extra_repr(self)}, {self.adapter_repr()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -43,9 +43,14 @@ def check_inputs(
         )
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a device type; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to autocast's dtype where it is on, as ``F.linear`` would; adapters keep their own dtype."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype is torch.float64:
+    if not autocast_is_on(x.device.type) or x.dtype is torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -61,7 +66,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         device_type = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not autocast_is_on(device_type):
             return function(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(*args, **kwargs)
@@ -100,6 +105,17 @@ def scaled_cast(matrix: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def unflatten_tokens(y: Tensor, like: Sequence[int]) -> Tensor:
+    """[tokens, features] to [..., features], with the leading sizes of ``like``.
+
+    Not a view: autograd refuses in-place changes to an op's output that is one, and ``F.relu_`` or ``clamp_``
+    on a linear's output is legal.
+    """
+    shape = [*like[:-1], y.shape[-1]]
+    unflattened: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return unflattened
 
 
 def flatten_tokens(x: Tensor) -> Tensor:

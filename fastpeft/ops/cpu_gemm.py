@@ -2,11 +2,13 @@
 
 Matrix units (AMX) make 16-bit products several times faster than fp32 ones; vector units alone may make
 them slower, and a CPU without 16-bit arithmetic much slower. Without AMX it is measured, once in a process,
-when the first 16-bit product is due. ``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a measurement.
+when the first 16-bit product is due, and logged. ``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a
+measurement; set it where several processes must agree to the last bit.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from functools import cache
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastpeft.errors import ConfigError
 
+logger = logging.getLogger("fastpeft")
 ENVIRONMENT_VARIABLE = "FASTPEFT_CPU_GEMM"
 CHOICES = ("auto", "native", "fp32")
 # fp32 must win by this much, so that noise cannot choose the path that also casts.
@@ -41,6 +44,7 @@ def _fp32_is_faster(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False
     own, wide = _least_seconds((dtype, torch.float32))
+    logger.info("fastpeft: %s products took %.2f times as long as fp32 ones", dtype, own / wide)
     return own > MARGIN * wide
 
 

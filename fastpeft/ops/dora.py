@@ -26,6 +26,7 @@ A row with n = 0 gets c = 0, not NaN.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from fastpeft.ops._common import (
     draw_seed,
     flatten_tokens,
     scaled_cast,
+    unflatten_tokens,
     without_autocast,
 )
 from fastpeft.ops.cpu_gemm import products_in_fp32
@@ -101,6 +103,8 @@ def dora_linear(
         ShapeError: shapes, dtypes or devices do not fit together.
         BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
     """
+    if weight_norm_squared is None:
+        weight_norm_squared = row_norm_squared(weight)  # of the weight itself, not of autocast's copy
     x, weight, bias = autocast_inputs(x, weight, bias)
     check_inputs("dora_linear", x, weight, bias, lora_A, lora_B)
     if magnitude.shape != (weight.shape[0],):
@@ -112,9 +116,8 @@ def dora_linear(
         return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask)
     backend = backends.resolve(x, op="dora_linear", has_triton=False)
     seed = draw_seed(x, dropout_p, backend)
-    norm_squared = row_norm_squared(weight) if weight_norm_squared is None else weight_norm_squared
     outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(
-        x, weight, bias, lora_A, lora_B, magnitude, norm_squared, scaling, dropout_p, seed
+        x, weight, bias, lora_A, lora_B, magnitude, weight_norm_squared, scaling, dropout_p, seed
     )
     return outputs[0]
 
@@ -149,7 +152,7 @@ def _dora_linear(
     result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, dora)
     assert result.norm is not None
     z = result.y.new_empty(0, weight.shape[0]) if result.z is None else result.z
-    return result.y.view(*x.shape[:-1], weight.shape[0]), result.S, result.norm, z
+    return unflatten_tokens(result.y, x.shape), result.S, result.norm, z
 
 
 @torch.library.custom_op("fastpeft::dora_linear_backward", mutates_args=())
@@ -197,7 +200,7 @@ def _dora_linear_backward(
     )
     gradients: list[Tensor] = []
     if result.x is not None:
-        gradients.append(result.x.view(*dy.shape[:-1], weight.shape[1]))
+        gradients.append(unflatten_tokens(result.x, dy.shape))
     if result.bias is not None:
         gradients.append(result.bias.to(bias_dtype))
     if result.A is not None:
@@ -234,7 +237,7 @@ def _(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, out_features = x.shape[:-1].numel(), weight.shape[0]
+    tokens, out_features = math.prod(x.shape[:-1]), weight.shape[0]
     return (
         x.new_empty(*x.shape[:-1], out_features),
         x.new_empty(tokens, lora_A.shape[0]),

@@ -15,6 +15,7 @@ in fp32; their gradients come back in their own dtype.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fastpeft.ops._common import (
     check_inputs,
     draw_seed,
     flatten_tokens,
+    unflatten_tokens,
     without_autocast,
 )
 from fastpeft.ops.cpu_gemm import products_in_fp32
@@ -110,7 +112,7 @@ def _lora_linear(
         way = blocked if products_in_fp32(tokens) else native
         result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, None)
         y, S = result.y, result.S
-    return y.view(*x.shape[:-1], weight.shape[0]), S
+    return unflatten_tokens(y, x.shape), S
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
@@ -151,7 +153,7 @@ def _lora_linear_backward(
         dB = None if result.B is None else result.B.to(lora_B.dtype)
         dbias = None if result.bias is None else result.bias.to(bias_dtype)
     if dx is not None:
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        dx = unflatten_tokens(dx, dy.shape)
     return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
 
 
@@ -173,7 +175,7 @@ def _(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(tokens, lora_A.shape[0])
 
 

@@ -248,3 +248,10 @@ def test_wrong_magnitude_shape_is_named():
     arguments = leaves(problem((2,), 16, 12, 2, torch.float32))
     with pytest.raises(fastpeft.ShapeError, match=r"expected magnitude \[12\], got \[11\]"):
         ours(*arguments[:5], torch.ones(11))
+
+
+def test_autocast_is_the_same_compiled_and_eager():
+    arguments = leaves(problem((5,), 32, 24, 4, torch.float32, bias=False))
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(*arguments), ours(*arguments))

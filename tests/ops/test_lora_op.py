@@ -282,3 +282,54 @@ def test_wrong_dtype_is_named():
     tensors["x"] = tensors["x"].bfloat16()
     with pytest.raises(fastpeft.ShapeError, match=r"weight's dtype torch.float32, got torch.bfloat16"):
         ours(*(tensors[n] for n in ("x", "weight", "bias", "lora_A", "lora_B")))
+
+
+def test_the_output_may_be_changed_in_place():
+    tensors = problem((2, 3), 16, 12, 2, torch.float32)
+    names = ("x", "weight", "bias", "lora_A", "lora_B")
+    arguments = [tensors[n].requires_grad_(n != "weight") for n in names]
+    got = torch.autograd.grad(F.relu_(ours(*arguments)).sum(), arguments[3])
+    want = torch.autograd.grad(F.relu(reference(*arguments)).sum(), arguments[3])
+    torch.testing.assert_close(got, want)
+
+
+def test_one_graph_serves_every_length():
+    tensors = problem((4,), 16, 12, 2, torch.float32)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ours, backend=count, dynamic=True, fullgraph=True)
+    rest = [tensors[n] for n in ("weight", "bias", "lora_A", "lora_B")]
+    for length in (3, 5, 7, 11):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(compiled(x, *rest), ours(x, *rest))
+    assert len(graphs) == 1
+
+
+def test_meta_tensors_give_shapes(backend):
+    if backend == "triton":
+        pytest.skip("an explicit choice of kernels needs tensors that they can reach")
+    tensors = {k: v.to("meta") for k, v in problem((2, 3), 16, 12, 2, torch.float32).items()}
+    y = ours(*(tensors[n] for n in ("x", "weight", "bias", "lora_A", "lora_B")))
+    assert (y.shape, y.device.type) == ((2, 3, 12), "meta")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "torch"), ((8, 0), "triton")])
+def test_auto_takes_kernels_only_where_they_run(monkeypatch, capability, expected):
+    from fastpeft import backend as backends
+
+    class OnGpu:
+        is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    backends._has_configuration.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with fastpeft.use_backend("auto"):
+        assert backends.resolve(OnGpu(), op="lora_linear") == expected
+    with fastpeft.use_backend("triton"):
+        if expected == "torch":
+            with pytest.raises(fastpeft.BackendError, match=r"need compute capability 8\.0"):
+                backends.resolve(OnGpu(), op="lora_linear")
+    backends._has_configuration.cache_clear()

@@ -82,7 +82,7 @@ _SM80: Table = {
 _SM86: Table = {
     **_SM80,
     RANK_R_GEMM: (
-        _gemm(128, 128, 32, 64, 8, 3),
+        _gemm(128, 128, 32, 64, 8, 2),
         _gemm(64, 128, 32, 64, 4, 3),
         _gemm(64, 64, 64, 64, 4, 3),
     ),
@@ -107,7 +107,7 @@ _SM100: Table = {
         _gemm(64, 128, 64, 64, 4, 4),
         _gemm(64, 64, 64, 64, 4, 4),
     ),
-    DOWN_PROJECTION: (_down(64, 128, 32, 4, 3), _down(64, 128, 64, 4, 3), _down(64, 32, 128, 8, 4)),
+    DOWN_PROJECTION: (_down(64, 128, 32, 4, 3), _down(64, 128, 64, 4, 3), _down(64, 32, 128, 4, 4)),
     GRAD_A: (_grad(64, 128, 32, 4, 3), _grad(64, 128, 64, 4, 3), _grad(64, 128, 128, 8, 3)),
 }
 # A lane mask takes two scalar registers here: more than 16 masked or dropped-out elements a thread spill
@@ -133,10 +133,10 @@ _FP32: Table = {
 # above spill.
 _UNALIGNED: Table = {
     RANK_R_GEMM: (_gemm(64, 64, 32, 32, 4, 2),),
-    RANK_R_GEMM_DROPOUT: (_gemm(64, 64, 32, 32, 4, 2),),
+    RANK_R_GEMM_DROPOUT: (_gemm(64, 64, 32, 32, 8, 2),),
     DOWN_PROJECTION: (_down(32, 32, 32, 4, 2),),
     GRAD_S_B: (_grad(32, 64, 32, 4, 2),),
-    GRAD_A: (_grad(32, 64, 64, 4, 2),),
+    GRAD_A: (_grad(32, 64, 32, 4, 2),),
 }
 # The interpreter runs a tile in numpy: tiles are small so that tiny test shapes still span several of them,
 # several rank tiles and several groups.

@@ -3,7 +3,8 @@
 Without matrix units a CPU may take longer for a bf16 GEMM than for an fp32 one (an AVX512-BF16 Xeon without
 AMX: 75 against 125 GFLOP/s a thread, at 512 x 768 x 768), and one without 16-bit arithmetic much longer.
 Casting the operands costs one pass; casting all of W would cost an [out_features, in_features] fp32
-temporary, so W is taken in blocks of rows that stay in the cache while they are used.
+temporary, so W is taken in blocks of rows that stay in the cache while they are used (a weight of less than
+``BLOCK_BYTES`` in fp32 is one block).
 
 The blocks also fuse: a block of y gets its rank-r product, row scale and bias before it is rounded, once; and
 one read of a block of dY gives its share of dx, dS, dB, dbias and dm. The masters of fp32 adapters are used

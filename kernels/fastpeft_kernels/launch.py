@@ -24,6 +24,22 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+# Counters of unfinished splits, one buffer a device and stream: launches on one stream follow each other, and
+# every kernel leaves its counters at zero.
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(count: int, like: Tensor) -> Tensor:
+    """At least `count` int32 zeros on `like`'s device, for `finish.is_last`, which puts them back to zero."""
+    if like.device.type == "meta":
+        return torch.empty(count, dtype=torch.int32, device=like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.device.type == "cuda" else 0
+    key = (like.device, stream)
+    if key not in _COUNTERS or _COUNTERS[key].numel() < count:
+        _COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+    return _COUNTERS[key]
+
+
 @lru_cache
 def _unit_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,29 @@
+"""Split reductions in one launch: the program that finishes last adds the partials, in a fixed order.
+
+Every program writes its fp32 partial, then counts itself in. Whoever counts last finds all partials written
+and
+adds them in the order of their index, so the sum does not depend on who that is: no float atomics, bitwise
+repeatable, and no second launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def is_last(p_counter: tl.tensor, n_programs: tl.tensor) -> tl.tensor:
+    """Count this program in; True for the last of `n_programs`, which leaves the counter at zero.
+
+    The partials were stored by all threads of the program, the counter is changed by one: the barrier before
+    orders the stores before the release, the barrier after orders the caller's loads behind the acquire. Load
+    partials with cache_modifier=".cg": another multiprocessor wrote them, and the first-level cache is not
+    coherent.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu") == n_programs - 1
+    if last:
+        tl.store(p_counter, 0)
+    tl.debug_barrier()
+    return last

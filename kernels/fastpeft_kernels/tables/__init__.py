@@ -1,0 +1,22 @@
+"""Tile sizes as data: one table an architecture, rows for every kernel.
+
+Every row compiles without register spills and within the shared memory a block may use on every variant the
+launchers can produce; `python -m bench codegen` checks it without a GPU. Rows of a GEMM run from the largest
+tile to the smallest; rows of the others from the smallest rank tile to the largest.
+"""
+
+from __future__ import annotations
+
+from ..tile import Table
+from . import fp32, gfx942, interpreter, sm_80, sm_86, sm_90, sm_100, unaligned
+
+TABLES: dict[str, Table] = {
+    "sm_80": sm_80.TABLE,
+    "sm_86": sm_86.TABLE,
+    "sm_90": sm_90.TABLE,
+    "sm_100": sm_100.TABLE,
+    "gfx942": gfx942.TABLE,
+    "fp32": fp32.TABLE,
+    "unaligned": unaligned.TABLE,
+    "interpreter": interpreter.TABLE,
+}

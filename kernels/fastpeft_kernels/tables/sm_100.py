@@ -1,0 +1,18 @@
+"""B200: 227 KiB of shared memory a block, tcgen05 with its accumulators in tensor memory."""
+
+from __future__ import annotations
+
+from ..kernel_names import DOWN_PROJECTION, GRAD_A, RANK_R_GEMM
+from ..tile import Table, down, gemm, grad
+from . import sm_90
+
+TABLE: Table = {
+    **sm_90.TABLE,
+    RANK_R_GEMM: (
+        gemm(128, 128, 64, 128, 8, 3),
+        gemm(64, 128, 64, 64, 4, 4),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    DOWN_PROJECTION: (down(64, 128, 32, 4, 3), down(64, 128, 64, 4, 3), down(64, 32, 128, 4, 4)),
+    GRAD_A: (grad(64, 128, 32, 4, 3), grad(64, 128, 64, 4, 3), grad(64, 128, 128, 8, 3)),
+}

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastpeft.layers.norm_cache import NormCache
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
@@ -60,7 +61,7 @@ class AdapterMixin(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self.specs = {}
-        self._norm_cache: tuple[tuple[object, ...], Tensor] | None = None
+        self._norm_cache = NormCache()
 
     def add_adapter(self, name: str, spec: AdapterSpec) -> None:
         """Create and initialise the parameters of one adapter and make it the active one.
@@ -107,24 +108,8 @@ class AdapterMixin(nn.Module):
             self.lora_magnitude_vector[name],
             scaling=spec.scaling,
             dropout_p=dropout_p,
-            weight_norm_squared=self._weight_norm_squared(),
+            norm=self._norm_cache.norm(self.weight, weight, lora_A, lora_B, spec.scaling),
         )
-
-    def _weight_norm_squared(self) -> Tensor | None:
-        """``||W||^2`` by row, computed again when the weight is another tensor or was written to in place.
-
-        A write through ``weight.data`` leaves no trace in torch and is not seen.
-        """
-        weight = self.weight
-        if torch.compiler.is_compiling() or weight.requires_grad or weight.is_inference():
-            # The op computes it: a traced graph must not keep a value, a training weight has none to keep,
-            # one made in inference mode counts no writes.
-            return None
-        key = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._norm_cache is None or self._norm_cache[0] != key:
-            with torch.no_grad():
-                self._norm_cache = (key, row_norm_squared(self.weight_out_in()))
-        return self._norm_cache[1]
 
     def adapter_repr(self) -> str:
         """Return what the layer's repr adds to the base's."""

@@ -1,4 +1,4 @@
-"""What the LoRA and DoRA ops share: input checks, dropout from a seed, scaled casts, autocast."""
+"""What the LoRA and DoRA ops share: input checks, scaled casts, autocast, tokens flattened and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastpeft.backend import ResolvedBackend
 from fastpeft.errors import ShapeError
 
 P = ParamSpec("P")
@@ -74,27 +73,6 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def draw_seed(x: Tensor, dropout_p: float, backend: ResolvedBackend) -> Tensor | None:
-    """Draw a dropout seed, [1] int64, from torch's generator, which activation checkpointing restores.
-
-    It lies where it is read: on the device for a kernel, on the host for ``torch.Generator``.
-    """
-    if dropout_p == 0.0:
-        return None
-    device = x.device if backend == "triton" else torch.device("cpu")
-    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
-
-
-def dropout_mask(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Return the mask of ``seed``, already scaled by 1/(1-p), in the shape, dtype and device of ``like``.
-
-    The same seed gives the same mask, so backward draws it again and no mask is stored.
-    """
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return mask.bernoulli_(1.0 - dropout_p, generator=generator).div_(1.0 - dropout_p)
-
-
 def scaled_cast(matrix: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return ``scaling * matrix`` in ``dtype``, rounded once: the product is taken in fp32 (or fp64)."""
     if scaling == 1.0:
@@ -113,6 +91,8 @@ def unflatten_tokens(y: Tensor, like: Sequence[int]) -> Tensor:
     Not a view: autograd refuses in-place changes to an op's output that is one, and ``F.relu_`` or ``clamp_``
     on a linear's output is legal.
     """
+    if len(like) == 2:
+        return y
     shape = [*like[:-1], y.shape[-1]]
     unflattened: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
     return unflattened

@@ -21,9 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastpeft.ops._common import dropout_mask
-from fastpeft.ops.products import Dora, Forward, Gradients, Need
-from fastpeft.ops.row_norm import row_norm, row_scale
+from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
+from fastpeft.ops.products import Dropout, Forward, Gradients, Need
 
 # Of fp32 weights. Measured from 1 to 16 MiB: less makes more calls than it saves in cache misses.
 BLOCK_BYTES = 2**22
@@ -44,34 +43,33 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dora: Dora | None,
+    dropout: Dropout | None,
+    c: Tensor | None,
+    keep_z: bool,
 ) -> Forward:
-    """x is [tokens, in_features] in 16 bits; everything else is as the ops take it."""
+    """x is [tokens, in_features] in 16 bits, ``c`` DoRA's row scale; the rest is as the ops take it."""
     x32, A = x.float(), lora_A.float()
-    dropped = x32 if seed is None else x32 * dropout_mask(x, dropout_p, seed)
-    S = dropped @ A.t()
+    kept, k = x32, 1.0
+    if dropout is not None:
+        kept = keep(x32, keep_bits(*x.shape, dropout.p, dropout.seed, x32))
+        k = keep_scale(dropout.p)
+    S = (kept @ A.t()).mul_(k)
     sB = lora_B.float() * scaling
+    on_base = c is not None and dropout is not None and dropout.on_base
     y = x.new_empty(x.shape[0], weight.shape[0])
-    norm = None if dora is None else torch.empty_like(dora.weight_norm_squared)
-    z = None if dora is None or not dora.keep_z else torch.empty_like(y)
-    gram = None if dora is None else A @ A.t()
+    z = torch.empty_like(y) if keep_z else None
     for rows in _blocks(weight):
         W = weight[rows].float()
-        product = (S @ sB[rows].t()).addmm_(dropped if dora else x32, W.t())
-        if dora is not None and norm is not None:
-            squared = dora.weight_norm_squared[rows]
-            norm[rows] = row_norm(W, A, lora_B[rows], scaling, squared, gram)
-            c = row_scale(dora.magnitude[rows], norm[rows])
-            if z is not None:
-                z[:, rows] = product
-            if seed is None:
-                product.mul_(c)
-            else:
-                product = (S @ sB[rows].t()).addmm_(x32, W.t()).addcmul_(product, c - 1.0)
+        product = (S @ sB[rows].t()).addmm_(kept if on_base else x32, W.t(), alpha=k if on_base else 1.0)
+        if z is not None:
+            z[:, rows] = product
+        if on_base:
+            assert c is not None
+            product = (S @ sB[rows].t()).addmm_(x32, W.t()).addcmul_(product, c[rows] - 1.0)
+        elif c is not None:
+            product.mul_(c[rows])
         y[:, rows] = product if bias is None else product.add_(bias[rows])
-    return Forward(y=y, S=S.to(x.dtype), norm=norm, z=z)
+    return Forward(y=y, S=S.to(x.dtype), z=z)
 
 
 def backward(
@@ -82,8 +80,7 @@ def backward(
     lora_B: Tensor,
     S: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
     need: Need,
     c: Tensor | None,
     kept: Tensor | None,
@@ -95,9 +92,11 @@ def backward(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=dy.device)
 
-    mask = None
-    if seed is not None and (need.x or need.A):
-        mask = dropout_mask(dy.new_empty(()).expand(tokens, in_features), dropout_p, seed).float()
+    bits, k = None, 1.0
+    if dropout is not None and (need.x or need.A):
+        bits = keep_bits(tokens, in_features, dropout.p, dropout.seed, A)
+        k = keep_scale(dropout.p)
+    on_base = c is not None and dropout is not None and dropout.on_base
     result = Gradients(
         B=zeros(*lora_B.shape) if need.B else None,
         bias=zeros(out_features) if need.bias else None,
@@ -105,7 +104,7 @@ def backward(
     )
     dS = zeros(tokens, lora_A.shape[0])
     dx = zeros(tokens, in_features) if need.x else None
-    dropped_dx = zeros(tokens, in_features) if need.x and mask is not None else None
+    dropped_dx = zeros(tokens, in_features) if need.x and bits is not None else None
     for rows in _blocks(weight):
         dy32 = dy[:, rows].float()
         if result.bias is not None:
@@ -116,8 +115,8 @@ def backward(
         g = dy32 if c is None else dy32 * c[rows]
         if dx is not None:
             W = weight[rows].float()
-            dx.addmm_(g if mask is None else dy32, W)
-            if dropped_dx is not None and c is not None:
+            dx.addmm_(dy32 if on_base else g, W)
+            if dropped_dx is not None and on_base:
                 # The base product on x has dY's gradient; the one on the dropped x has what c adds to it.
                 dropped_dx.addmm_(g - dy32, W)
         if need.x or need.A:
@@ -130,10 +129,11 @@ def backward(
         if dropped_dx is None:
             dx.addmm_(dS, A)
         else:
-            assert mask is not None
-            dx.addcmul_(dropped_dx.addmm_(dS, A), mask)
+            assert bits is not None
+            dx.add_(keep_(dropped_dx.addmm_(dS, A), bits), alpha=k)
         result.x = dx.to(dy.dtype)
     if need.A:
         assert x is not None
-        result.A = dS.t() @ (x.float() if mask is None else x * mask)
+        x32 = x.float()
+        result.A = (dS.t() @ (x32 if bits is None else keep_(x32, bits))).mul_(k)
     return result

@@ -3,25 +3,28 @@
 ::
 
     n = ||W + s B A||_row      c = m / n, detached (section 4.3 of the paper)      s = scaling
-    y = c * (x W^T + s (x A^T) B^T) + bias                                          without dropout
-    y = x W^T + (c - 1) * (drop(x) W^T) + c * s (drop(x) A^T) B^T + bias            with dropout
+    y = c * (x W^T + s S B^T) + bias                                  S = drop(x) A^T
+    y = x W^T + (c - 1) * (drop(x) W^T) + c * s S B^T + bias          with dropout, PEFT's meaning
 
-The second line is what PEFT and the paper's code compute; it is the first one when nothing is dropped.
+The second line, the default, is what PEFT and the paper's code compute: the base product drops its input too,
+but for the part that a plain linear would give. The first, ``dropout_on_base=False``, is torchtune's and
+Axolotl's. Without dropout the two are one.
 
 The norm is factored (:mod:`fastpeft.ops.row_norm`): no [out_features, in_features] temporary exists.
 
-Backward, with ``g = c * dY`` and ``z = drop(x) W^T + s S B^T``::
+Backward, with ``g = c * dY`` and ``z = x W^T + s S B^T``, or ``drop(x) W^T + s S B^T`` in the second line::
 
     dS = s g B      dB = s g^T S      dA = dS^T drop(x)      dm = colsum(dY * z) / n      dbias = colsum(dY)
-    dx = g W + dS A                                             without dropout
-    dx = dY W + mask * (((c - 1) * dY) W + dS A)                with dropout
+    dx = g W + mask * (dS A)                                    the first line
+    dx = dY W + mask * (((c - 1) * dY) W + dS A)                the second
 
 Saved for backward: ``S [tokens, r]``, ``n [out_features]``, references to ``x``, ``weight`` and the adapter,
 and one [tokens, out_features] tensor for dm, only where the magnitude trains: the output itself (often alive
-anyway), as ``dm = colsum(dY * y) / m``; or z, where there is a bias (``y - bias`` would cancel: Qwen2's
-k_proj biases reach hundreds) or dropout.
+anyway), as ``dm = colsum(dY * y) / m``; or z, where y does not tell it: beside a bias (``y - bias`` would
+cancel: Qwen2's k_proj biases reach hundreds), with the second line's dropout, and in fp16, whose range is too
+short for a row that is scaled by almost nothing.
 
-A row with n = 0 gets c = 0, not NaN.
+A row with n = 0 gets c = 0, not NaN; one with m = 0 gets a c of 1e-30 (:data:`MIN_ROW_SCALE`).
 """
 
 from __future__ import annotations
@@ -32,24 +35,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
-from fastpeft.ops import blocked, native
 from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_inputs,
     check_inputs,
-    draw_seed,
     flatten_tokens,
-    scaled_cast,
     unflatten_tokens,
     without_autocast,
 )
-from fastpeft.ops.cpu_gemm import products_in_fp32
-from fastpeft.ops.features import feature_dot
-from fastpeft.ops.products import Dora, Need
-from fastpeft.ops.row_norm import row_norm_squared, row_scale
+from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.products import Dropout, Need
+from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
+from fastpeft.ops.ways import way_for
 
 
 def dora_linear_reference(
@@ -61,12 +63,14 @@ def dora_linear_reference(
     magnitude: Tensor,
     scaling: float,
     mask: Tensor | None = None,
+    dropout_on_base: bool = True,
 ) -> Tensor:
     """The formula with the full [out_features, in_features] update, in whatever dtype it is given."""
     dropped = x if mask is None else x * mask
     norm: Tensor = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1).detach()
     c = magnitude / norm
-    y = x @ weight.T + (c - 1) * (dropped @ weight.T) + c * scaling * ((dropped @ lora_A.T) @ lora_B.T)
+    base = dropped if dropout_on_base else x
+    y = x @ weight.T + (c - 1) * (base @ weight.T) + c * scaling * ((dropped @ lora_A.T) @ lora_B.T)
     return y if bias is None else y + bias
 
 
@@ -80,7 +84,8 @@ def dora_linear(
     *,
     scaling: float,
     dropout_p: float = 0.0,
-    weight_norm_squared: Tensor | None = None,
+    dropout_on_base: bool = True,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """DoRA linear as one differentiable op.
 
@@ -93,7 +98,9 @@ def dora_linear(
         magnitude: ``[out_features]``, DoRA's m.
         scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA.
         dropout_p: probability of zeroing an element of x in the adapter's part; 0 outside training.
-        weight_norm_squared: :func:`row_norm_squared` of the weight, where the caller keeps it.
+        dropout_on_base: which of the two meanings of dropout (module docstring).
+        norm: ``||W + s B A||_row`` [out_features] in fp32 (fp64), as :func:`row_norm` gives it, where the
+            caller keeps it; no gradient goes through it.
 
     Returns:
         ``[..., out_features]`` in x's dtype (in autocast's, where that is on). The output is kept for
@@ -103,61 +110,90 @@ def dora_linear(
         ShapeError: shapes, dtypes or devices do not fit together.
         BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
     """
-    if weight_norm_squared is None:
-        weight_norm_squared = row_norm_squared(weight)  # of the weight itself, not of autocast's copy
+    base_weight = weight
     x, weight, bias = autocast_inputs(x, weight, bias)
     check_inputs("dora_linear", x, weight, bias, lora_A, lora_B)
     if magnitude.shape != (weight.shape[0],):
         raise ShapeError(f"dora_linear: expected magnitude [{weight.shape[0]}], got {list(magnitude.shape)}")
+    if norm is not None and norm.shape != magnitude.shape:
+        raise ShapeError(f"dora_linear: expected norm [{weight.shape[0]}], got {list(norm.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
         # The op has no gradient for W (its point is a frozen base): plain autograd has.
         mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
         A, B, m = lora_A.to(x.dtype), lora_B.to(x.dtype), magnitude.to(x.dtype)
-        return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask)
-    backend = backends.resolve(x, op="dora_linear", has_triton=False)
+        return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask, dropout_on_base)
+    if norm is None and weight.dtype != base_weight.dtype:
+        with torch.no_grad():  # of the weight itself, not of autocast's copy
+            norm = row_norm(base_weight, lora_A, lora_B, scaling, row_norm_squared(base_weight))
+    backend = backends.resolve(x, op="dora_linear")
     seed = draw_seed(x, dropout_p, backend)
-    outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(
-        x, weight, bias, lora_A, lora_B, magnitude, weight_norm_squared, scaling, dropout_p, seed
-    )
+    on_base = dropout_on_base and seed is not None
+    inputs = (
+        x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed, on_base, backend
+    )  # fmt: skip
+    if runs_eagerly(x):
+        return _DoRALinear.apply(*inputs)  # type: ignore[no-any-return]
+    outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(*inputs)
     return outputs[0]
 
 
-def _keeps_product(bias: Tensor | None, seed: Tensor | None) -> bool:
-    """Whether dm needs z kept beside y (module docstring)."""
-    return bias is not None or seed is not None
+def keeps_product(x: Tensor, bias: Tensor | None, on_base: bool) -> bool:
+    """Whether dm needs z kept, because y does not tell it (module docstring)."""
+    return bias is not None or on_base or x.dtype is torch.float16
 
 
-@torch.library.custom_op("fastpeft::dora_linear", mutates_args=())
 @without_autocast
-def _dora_linear(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
-    weight_norm_squared: Tensor,
+    norm: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    on_base: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [..., out_features], S [tokens, r], n [out_features] and z ([0, out_features] if not kept)."""
+    """Return y [..., out_features], S [tokens, r], z (empty if not kept) and n (empty if it was given)."""
     tokens = flatten_tokens(x)
-    dora = Dora(
-        magnitude=magnitude,
-        weight_norm_squared=weight_norm_squared,
-        keep_z=_keeps_product(bias, seed),
-    )
-    way = blocked if products_in_fp32(tokens) else native
-    result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, dora)
-    assert result.norm is not None
-    z = result.y.new_empty(0, weight.shape[0]) if result.z is None else result.z
-    return unflatten_tokens(result.y, x.shape), result.S, result.norm, z
+    keep_z = keeps_product(x, bias, on_base)
+    z: Tensor | None
+    if backend == "triton":
+        kernels = _kernels()
+        n = kernels.row_norm(weight, lora_A, lora_B, scaling) if norm is None else norm
+        y, S, z = kernels.dora_forward(
+            tokens,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            magnitude,
+            n,
+            scaling,
+            dropout_p,
+            seed,
+            drop_base=on_base,
+            keep_z=keep_z,
+        )
+    else:
+        n = norm
+        if n is None:
+            n = row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight))
+        way = way_for(tokens)
+        dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
+        c = row_scale(magnitude, n)
+        result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, c, keep_z)
+        y, S, z = result.y, result.S, result.z
+    if z is None:
+        z = y.new_empty(0, weight.shape[0])
+    return unflatten_tokens(y, x.shape), S, z, n if norm is None else n.new_empty(0)
 
 
-@torch.library.custom_op("fastpeft::dora_linear_backward", mutates_args=())
 @without_autocast
-def _dora_linear_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor | None,
     kept: Tensor | None,
@@ -170,58 +206,67 @@ def _dora_linear_backward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    on_base: bool,
+    kept_is_z: bool,
+    backend: str,
     need: list[bool],
     bias_dtype: torch.dtype | None,
-    has_bias: bool,
 ) -> list[Tensor]:
-    """Return the gradients that ``need`` asks for, out of (x, bias, lora_A, lora_B, magnitude), in order.
-
-    ``kept`` is y, or z where :func:`_keeps_product` says so; x is needed for lora_A's gradient and, without
-    dropout or bias, for that of a magnitude which is exactly 0.
-    """
+    """Return the gradients that ``need`` asks for, out of (x, bias, lora_A, lora_B, magnitude), in order."""
     need_x, need_bias, need_A, need_B, need_m = need
     dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
-    c = row_scale(magnitude, norm)
-    way = blocked if products_in_fp32(dy2d) else native
-    result = way.backward(
-        dy2d,
-        tokens,
-        weight,
-        lora_A,
-        lora_B,
-        S,
-        scaling,
-        dropout_p,
-        seed,
-        Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m),
-        c,
-        None if kept is None else flatten_tokens(kept),
-    )
-    gradients: list[Tensor] = []
-    if result.x is not None:
-        gradients.append(unflatten_tokens(result.x, dy.shape))
-    if result.bias is not None:
-        gradients.append(result.bias.to(bias_dtype))
-    if result.A is not None:
-        gradients.append(result.A.to(lora_A.dtype))
-    if result.B is not None:
-        gradients.append(result.B.to(lora_B.dtype))
-    if result.dot is not None:
-        inverse_norm = torch.where(norm > 0, 1.0 / norm, 0.0)
-        if has_bias or seed is not None:
-            dm = result.dot * inverse_norm
-        else:
-            m = magnitude.to(norm.dtype)
-            dm = result.dot / torch.where(m == 0, 1.0, m)
-            zero_rows = (m == 0).nonzero().squeeze(1)  # y = 0 there and tells nothing of z: compute z again
-            if zero_rows.numel():
-                assert tokens is not None
-                sB = scaled_cast(lora_B[zero_rows], scaling, dy.dtype)
-                z = (tokens @ weight[zero_rows].t()).addmm_(S, sB.t())
-                dm[zero_rows] = feature_dot(dy2d[:, zero_rows], z) * inverse_norm[zero_rows]
-        gradients.append(dm.to(magnitude.dtype))
-    return gradients
+    kept2d = None if kept is None else flatten_tokens(kept)
+    if backend == "triton":
+        dx, dA, dB, dm, dbias = _kernels().dora_backward(
+            dy2d,
+            tokens,
+            kept2d,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            norm,
+            S,
+            scaling,
+            dropout_p,
+            seed,
+            drop_base=on_base,
+            kept_is_z=kept_is_z,
+            need_x=need_x,
+            need_A=need_A,
+            need_B=need_B,
+            need_m=need_m,
+            need_bias=need_bias,
+            bias_dtype=bias_dtype,
+        )
+    else:
+        c = row_scale(magnitude, norm)
+        way = way_for(dy2d)
+        dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
+        wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m)
+        result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, c, kept2d)
+        dx = result.x
+        dA = None if result.A is None else result.A.to(lora_A.dtype)
+        dB = None if result.B is None else result.B.to(lora_B.dtype)
+        dbias = None if result.bias is None else result.bias.to(bias_dtype)
+        dm = None
+        if result.dot is not None:
+            divisor = norm if kept_is_z else c * norm
+            dm = torch.where(norm > 0, result.dot / divisor, 0.0).to(magnitude.dtype)
+    if dx is not None:
+        dx = unflatten_tokens(dx, dy.shape)
+    return [gradient for gradient in (dx, dbias, dA, dB, dm) if gradient is not None]
+
+
+def _kernels() -> Any:
+    import fastpeft_kernels
+
+    return fastpeft_kernels
+
+
+_dora_linear = torch.library.custom_op("fastpeft::dora_linear", _forward, mutates_args=())
+_dora_linear_backward = torch.library.custom_op("fastpeft::dora_linear_backward", _gradients, mutates_args=())
 
 
 @_dora_linear.register_fake
@@ -232,17 +277,19 @@ def _(
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
-    weight_norm_squared: Tensor,
+    norm: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    on_base: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, out_features = math.prod(x.shape[:-1]), weight.shape[0]
     return (
         x.new_empty(*x.shape[:-1], out_features),
         x.new_empty(tokens, lora_A.shape[0]),
-        x.new_empty(out_features, dtype=accumulation_dtype(weight.dtype)),
-        x.new_empty(tokens if _keeps_product(bias, seed) else 0, out_features),
+        x.new_empty(tokens if keeps_product(x, bias, on_base) else 0, out_features),
+        x.new_empty(out_features if norm is None else 0, dtype=accumulation_dtype(weight.dtype)),
     )
 
 
@@ -260,9 +307,11 @@ def _(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    on_base: bool,
+    kept_is_z: bool,
+    backend: str,
     need: list[bool],
     bias_dtype: torch.dtype | None,
-    has_bias: bool,
 ) -> list[Tensor]:
     gradients = [
         dy.new_empty(*dy.shape[:-1], weight.shape[1]),
@@ -274,28 +323,33 @@ def _(
     return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, lora_A, lora_B, magnitude, _, scaling, dropout_p, seed = inputs
-    y, S, norm, z = output
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed, on_base, backend = inputs
+    y, S, z, computed = output
     need_A, need_m = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    keeps_product = _keeps_product(bias, seed)
-    kept = (z if keeps_product else y) if need_m else None
-    need_x_saved = need_A or (need_m and not keeps_product)
-    ctx.save_for_backward(x if need_x_saved else None, kept, weight, lora_A, lora_B, magnitude, S, norm, seed)
-    ctx.mark_non_differentiable(S, norm, z)
+    keeps_z = keeps_product(x, bias, on_base)
+    kept = (z if keeps_z else y) if need_m else None
+    norm = computed if norm is None else norm
+    ctx.save_for_backward(x if need_A else None, kept, weight, lora_A, lora_B, magnitude, S, norm, seed)
     ctx.set_materialize_grads(False)
-    ctx.options = (scaling, dropout_p, None if bias is None else bias.dtype)
+    ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, None if bias is None else bias.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x_grad, _weight, bias_grad, A_grad, B_grad, m_grad = ctx.needs_input_grad[:6]
     if dy is None:
-        return (None,) * 10
+        return (None,) * 12
     x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed = ctx.saved_tensors
-    scaling, dropout_p, bias_dtype = ctx.options
+    scaling, dropout_p, on_base, keeps_z, backend, bias_dtype = ctx.options
     need = [x_grad, bias_grad, A_grad, B_grad, m_grad]
+    gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.dora_linear_backward
     gradients = iter(
-        torch.ops.fastpeft.dora_linear_backward(
+        gradients_of(
             dy,
             x,
             kept,
@@ -308,13 +362,30 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
             scaling,
             dropout_p,
             seed,
+            on_base,
+            keeps_z,
+            backend,
             need,
             bias_dtype,
-            bias_dtype is not None,
         )
     )
     dx, dbias, dA, dB, dm = (next(gradients) if needed else None for needed in need)
-    return dx, None, dbias, dA, dB, dm, None, None, None, None
+    return dx, None, dbias, dA, dB, dm, None, None, None, None, None, None
 
 
 _dora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _DoRALinear(torch.autograd.Function):
+    """``fastpeft::dora_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy)

@@ -21,19 +21,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
-from fastpeft.ops import blocked, native
 from fastpeft.ops._common import (
     autocast_inputs,
     check_inputs,
-    draw_seed,
     flatten_tokens,
     unflatten_tokens,
     without_autocast,
 )
-from fastpeft.ops.cpu_gemm import products_in_fp32
-from fastpeft.ops.products import Need
+from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.products import Dropout, Need
+from fastpeft.ops.ways import way_for
 
 
 def lora_linear_reference(
@@ -87,13 +88,16 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, A, B, scaling, mask)
     backend = backends.resolve(x, op="lora_linear")
     seed = draw_seed(x, dropout_p, backend)
+    if runs_eagerly(x):
+        return _LoRALinear.apply(  # type: ignore[no-any-return]
+            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend
+        )
     y, _ = torch.ops.fastpeft.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
     return y  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
 @without_autocast
-def _lora_linear(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -109,15 +113,15 @@ def _lora_linear(
     if backend == "triton":
         y, S = _kernels().lora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     else:
-        way = blocked if products_in_fp32(tokens) else native
-        result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, None)
+        way = way_for(tokens)
+        dropout = None if seed is None else Dropout(p=dropout_p, seed=seed)
+        result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, None, False)
         y, S = result.y, result.S
     return unflatten_tokens(y, x.shape), S
 
 
-@torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
 @without_autocast
-def _lora_linear_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -135,10 +139,17 @@ def _lora_linear_backward(
     dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
     need_x, need_A, need_B, need_bias = need
-    arguments = (dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout_p, seed)
     if backend == "triton":
         dx, dA, dB, dbias = _kernels().lora_backward(
-            *arguments,
+            dy2d,
+            tokens,
+            weight,
+            lora_A,
+            lora_B,
+            S,
+            scaling,
+            dropout_p,
+            seed,
             need_x=need_x,
             need_A=need_A,
             need_B=need_B,
@@ -146,8 +157,10 @@ def _lora_linear_backward(
             bias_dtype=bias_dtype,
         )
     else:
-        way = blocked if products_in_fp32(dy2d) else native
-        result = way.backward(*arguments, Need(x=need_x, A=need_A, B=need_B, bias=need_bias), None, None)
+        way = way_for(dy2d)
+        dropout = None if seed is None else Dropout(p=dropout_p, seed=seed)
+        wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias)
+        result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, None, None)
         dx = result.x
         dA = None if result.A is None else result.A.to(lora_A.dtype)
         dB = None if result.B is None else result.B.to(lora_B.dtype)
@@ -155,6 +168,10 @@ def _lora_linear_backward(
     if dx is not None:
         dx = unflatten_tokens(dx, dy.shape)
     return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
+
+
+_lora_linear = torch.library.custom_op("fastpeft::lora_linear", _forward, mutates_args=())
+_lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _gradients, mutates_args=())
 
 
 def _kernels() -> Any:
@@ -203,30 +220,47 @@ def _(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], S: Tensor) -> None:
     x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend = inputs
-    _, S = output
     need_A = ctx.needs_input_grad[3]
     ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S, seed)
-    ctx.mark_non_differentiable(S)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _dS: None) -> tuple[Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | None, ...]:
     x_grad, _, bias_grad, A_grad, B_grad = ctx.needs_input_grad[:5]
     if dy is None:
         return (None,) * 9
     x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
     scaling, dropout_p, backend, bias_dtype = ctx.options
     need = [x_grad, A_grad, B_grad, bias_grad]
+    gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.lora_linear_backward
     gradients = iter(
-        torch.ops.fastpeft.lora_linear_backward(
-            dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, backend, need, bias_dtype
-        )
+        gradients_of(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, backend, need, bias_dtype)
     )
     dx, dA, dB, dbias = (next(gradients) if needed else None for needed in need)
     return dx, None, dbias, dA, dB, None, None, None, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """``fastpeft::lora_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, S = _forward(*inputs)
+        _save(ctx, inputs, S)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy)

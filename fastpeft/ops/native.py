@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft.ops._common import accumulation_dtype, dropout_mask, scaled_cast
-from fastpeft.ops.features import feature_dot, scale_features
-from fastpeft.ops.products import Dora, Forward, Gradients, Need
-from fastpeft.ops.row_norm import row_norm, row_scale
+from fastpeft.ops._common import accumulation_dtype, scaled_cast
+from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
+from fastpeft.ops.features import feature_dot, feature_sum, scale_features
+from fastpeft.ops.products import Dropout, Forward, Gradients, Need
 
 
 def forward(
@@ -18,27 +18,30 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dora: Dora | None,
+    dropout: Dropout | None,
+    c: Tensor | None,
+    keep_z: bool,
 ) -> Forward:
-    """x is [tokens, in_features]; everything else is as the ops take it."""
-    dropped = x if seed is None else x * dropout_mask(x, dropout_p, seed)
-    S = dropped @ lora_A.to(x.dtype).t()
-    sB = scaled_cast(lora_B, scaling, x.dtype)
-    # In place, so that the rank-r product costs one pass over y and no [tokens, out_features] temporary.
-    if dora is None:
-        return Forward(y=F.linear(x, weight, bias).addmm_(S, sB.t()), S=S)
-    norm = row_norm(weight, lora_A, lora_B, scaling, dora.weight_norm_squared)
-    c = row_scale(dora.magnitude, norm)
-    z = (dropped @ weight.t()).addmm_(S, sB.t())
-    if seed is not None:
-        y = F.linear(x, weight, bias).addmm_(S, sB.t()).addcmul_(z, (c - 1.0).to(z.dtype))
+    """x is [tokens, in_features], ``c`` DoRA's row scale; everything else is as the ops take it."""
+    kept, k = x, 1.0
+    if dropout is not None:
+        kept = keep(x, keep_bits(*x.shape, dropout.p, dropout.seed, x))
+        k = keep_scale(dropout.p)
+    S = kept @ scaled_cast(lora_A, k, x.dtype).t()
+    Bt = lora_B.to(x.dtype).t()
+    # In place, so that the rank-r product costs one pass over y and no temporary of its size; the scaling is
+    # the GEMM's own factor, applied in fp32.
+    if c is None:
+        return Forward(y=F.linear(x, weight, bias).addmm_(S, Bt, alpha=scaling), S=S)
+    if dropout is not None and dropout.on_base:
+        z = (kept @ weight.t()).addmm_(S, Bt, beta=k, alpha=scaling)
+        y = F.linear(x, weight, bias).addmm_(S, Bt, alpha=scaling).addcmul_(z, (c - 1.0).to(z.dtype))
     else:
-        y = scale_features(z, c, out=None if dora.keep_z else z)
+        z = (x @ weight.t()).addmm_(S, Bt, alpha=scaling)
+        y = scale_features(z, c, out=None if keep_z else z)
         if bias is not None:
             y.add_(bias)
-    return Forward(y=y, S=S, norm=norm, z=z if dora.keep_z else None)
+    return Forward(y=y, S=S, z=z if keep_z else None)
 
 
 def backward(
@@ -49,38 +52,41 @@ def backward(
     lora_B: Tensor,
     S: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
     need: Need,
     c: Tensor | None,
     kept: Tensor | None,
 ) -> Gradients:
     """dy and kept (for ``need.dot``) are [tokens, out_features], ``c`` is DoRA's row scale."""
     result = Gradients()
-    mask = None
-    if seed is not None and (need.x or need.A):
-        mask = dropout_mask(dy.new_empty(()).expand(dy.shape[0], weight.shape[1]), dropout_p, seed)
+    bits, k = None, 1.0
+    if dropout is not None and (need.x or need.A):
+        bits = keep_bits(dy.shape[0], weight.shape[1], dropout.p, dropout.seed, dy)
+        k = keep_scale(dropout.p)
     if need.x or need.A or need.B:
         g = dy if c is None else scale_features(dy, c)
     if need.x or need.A:
         dS = g @ scaled_cast(lora_B, scaling, dy.dtype)
     if need.x:
         A = lora_A.to(dy.dtype)
-        if mask is None:
+        if bits is None:
             result.x = (g @ weight).addmm_(dS, A)
-        elif c is None:
-            result.x = (dy @ weight).addcmul_(dS @ A, mask)
+        elif c is None or (dropout is not None and not dropout.on_base):
+            result.x = (g @ weight).add_(keep_(dS @ A, bits), alpha=k)
         else:
             # The base product on x has dY's gradient; the one on the dropped x has what c adds to it.
             dropped_part = ((dy * (c - 1.0).to(dy.dtype)) @ weight).addmm_(dS, A)
-            result.x = (dy @ weight).addcmul_(dropped_part, mask)
+            result.x = (dy @ weight).add_(keep_(dropped_part, bits), alpha=k)
     if need.A:
         assert x is not None
-        result.A = dS.t() @ (x if mask is None else x * mask)
+        dA = dS.t() @ (x if bits is None else keep(x, bits))
+        result.A = scaled_cast(dA, k, accumulation_dtype(dy.dtype))
     if need.B:
-        result.B = scaled_cast(g.t() @ S, scaling, accumulation_dtype(dy.dtype))
+        # S^T g, not g^T S: half the time at r = 16 (0.34 against 0.58 ms at 1024 x 2048, bf16).
+        dB = (S.t() @ g).t().contiguous()
+        result.B = scaled_cast(dB, scaling, accumulation_dtype(dy.dtype))
     if need.bias:
-        result.bias = dy.sum(0, dtype=accumulation_dtype(dy.dtype))
+        result.bias = feature_sum(dy)
     if need.dot:
         assert kept is not None
         result.dot = feature_dot(dy, kept)

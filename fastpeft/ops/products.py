@@ -11,39 +11,37 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dora:
-    """What makes a forward DoRA.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dropout:
+    """Dropout of a layer's input.
 
     Attributes:
-        magnitude: m [out_features].
-        weight_norm_squared: ``||W||^2`` by row [out_features], fp32 (fp64).
-        keep_z: whether z is wanted beside y.
+        p: probability of dropping an element.
+        seed: [1] int64, of which the mask is drawn.
+        on_base: whether DoRA's base product takes the dropped input too (PEFT's meaning).
     """
 
-    magnitude: Tensor
-    weight_norm_squared: Tensor
-    keep_z: bool
+    p: float
+    seed: Tensor
+    on_base: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forward:
     """Results of a forward.
 
     Attributes:
         y: [tokens, out_features] in x's dtype.
         S: ``drop(x) A^T`` [tokens, r] in x's dtype.
-        norm: DoRA's row norm [out_features] in fp32 (fp64).
         z: DoRA's product before the row scale, [tokens, out_features], where it was asked for.
     """
 
     y: Tensor
     S: Tensor
-    norm: Tensor | None = None
     z: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
     """Which gradients a backward is asked for; ``dot`` is colsum(dY * kept), of which DoRA makes dm."""
 
@@ -54,7 +52,7 @@ class Need:
     dot: bool = False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Gradients:
     """Results of a backward: x in its own dtype; the others in it or in fp32 (fp64)."""
 

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from fastpeft.ops._common import accumulation_dtype, scaled_cast, without_autocast
 
+# The smallest |c|. A row whose magnitude is 0 (or nearly) is scaled by this instead, so that its output, of
+# the order of 1e-30, still tells z, of which the magnitude's gradient is made: bf16 and fp32 hold it in full.
+MIN_ROW_SCALE = 2.0**-100
+
 
 def row_norm_squared(weight: Tensor) -> Tensor:
     """Return ``||W||^2`` per output row, [out_features] in fp32 (fp64), without an fp32 copy of W."""
@@ -32,22 +36,23 @@ def row_norm(
     lora_B: Tensor,
     scaling: float,
     weight_norm_squared: Tensor,
-    gram: Tensor | None = None,
 ) -> Tensor:
-    """Return ``||W + s B A||`` per output row, [out_features] in fp32 (fp64).
-
-    ``gram`` is ``A A^T`` [r, r] in that dtype, where the caller has it.
-    """
+    """Return ``||W + s B A||`` per output row, [out_features] in fp32 (fp64)."""
     dtype = accumulation_dtype(weight.dtype)
     U = weight @ lora_A.to(weight.dtype).t()  # [out_features, r], the only product that reads W
-    if gram is None:
-        A = lora_A.to(dtype)
-        gram = A @ A.t()
+    A = lora_A.to(dtype)
     sB = scaled_cast(lora_B, scaling, dtype)
-    cross = torch.addmm(U.to(dtype), sB, gram, beta=2.0)
+    cross = torch.addmm(U.to(dtype), sB, A @ A.t(), beta=2.0)
     return (weight_norm_squared + (sB * cross).sum(1)).clamp_(min=0.0).sqrt_()
 
 
 def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Return c [out_features] in the norm's dtype: m / n, and 0 for a zero row."""
-    return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0.0)
+    """Return c = m / n [out_features] in n's dtype: 0 for a zero row, else at least MIN_ROW_SCALE in size."""
+    c = magnitude.to(norm.dtype) / norm
+    if c.is_cpu and c.numel():
+        smallest, largest = c.abs().aminmax()
+        if smallest >= MIN_ROW_SCALE and largest < torch.inf:  # false for NaN too
+            return c
+    least = torch.where(magnitude < 0, -MIN_ROW_SCALE, MIN_ROW_SCALE).to(c.dtype)
+    c = torch.where(c.abs() < MIN_ROW_SCALE, least, c)
+    return torch.where(norm > 0, c, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastpeft
-from fastpeft.ops._common import draw_seed, dropout_mask
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
+from fastpeft.ops.dropout import draw_seed, dropout_mask
 from fastpeft.ops.features import scale_features
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
+from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule, relative_error
 
 SCALING = 0.7
@@ -21,17 +24,19 @@ SHAPES = [
     pytest.param((3, 5), 23, 37, 5, id="ragged-3d"),
     pytest.param((200, 3), 23, 37, 5, id="many-tokens"),
     pytest.param((12,), 40, 48, 1, id="rank1"),
-    pytest.param((11,), 24, 20, 40, id="rank-above-features"),
+    pytest.param((37,), 24, 20, 40, id="rank-above-features"),
     pytest.param((0,), 12, 10, 3, id="zero-tokens"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ORDER = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
 
 
-@pytest.fixture(params=["native", "fp32"], autouse=True)
-def products(request: pytest.FixtureRequest, force_products) -> str:
-    force_products(request.param)
-    return request.param
+@pytest.fixture(params=["torch-native", "torch-fp32", "torch-few", "triton"], autouse=True)
+def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
+    name, _, way = request.param.partition("-")
+    force_products(way)
+    with interpreter.mended(), fastpeft.use_backend(name):
+        yield name
 
 
 def problem(batch, k, n, r, dtype, *, adapter=None, bias=True) -> dict[str, Tensor | None]:
@@ -77,6 +82,7 @@ def check(tensors, mask=None, **options) -> None:
 
     def baseline(in_dtype):
         kwargs = {} if mask is None else {"mask": mask.to(in_dtype)}
+        kwargs |= {name: value for name, value in options.items() if name == "dropout_on_base"}
         return run(dora_linear_reference, leaves(tensors, in_dtype), dtype, scaling=SCALING, **kwargs)
 
     for name, result, exact, plain in zip(
@@ -101,16 +107,19 @@ def test_fp32_adapters_on_a_16_bit_base(dtype, bias):
     assert (y.dtype, dm.dtype) == (dtype, torch.float32)
 
 
+@pytest.mark.parametrize("on_base", [True, False], ids=["pefts-meaning", "adapter-only"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout_has_pefts_meaning(dtype, bias):
+def test_both_meanings_of_dropout(backend, dtype, bias, on_base):
+    if backend == "triton":
+        pytest.skip("the kernels' own mask is checked against its formula in tests/kernels")
     tensors = problem((4, 25), 16, 12, 4, dtype, bias=bias)
     torch.manual_seed(3)
     seed = draw_seed(tensors["x"], 0.3, "torch")
     mask = dropout_mask(tensors["x"].reshape(-1, 16), 0.3, seed).view(4, 25, 16)
     assert 0.5 < (mask > 0).float().mean() < 0.9
     torch.manual_seed(3)
-    check(tensors, mask=mask, dropout_p=0.3)
+    check(tensors, mask=mask, dropout_p=0.3, dropout_on_base=on_base)
 
 
 def test_a_large_bias_does_not_spoil_the_magnitudes_gradient():
@@ -130,9 +139,15 @@ def test_only_the_gradient_asked_for(trained):
     torch.testing.assert_close(tensors[trained].grad, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.3}, {"dropout_p": 0.3, "dropout_on_base": False}],
+    ids=["plain", "dropout", "adapter-dropout"],
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_gradcheck_fp64_against_numbers(bias, options):
+def test_gradcheck_fp64_against_numbers(backend, bias, options):
+    if backend == "triton":
+        pytest.skip("the kernels take no fp64")
     # c is detached, as in the paper's section 4.3, so numbers can check only what does not move the norm.
     t = problem((2, 3), 5, 4, 2, torch.float64, bias=bias)
     x, m = t["x"].requires_grad_(), t["magnitude"].requires_grad_()
@@ -195,13 +210,11 @@ def test_no_out_by_in_temporary():
     spy = Allocations(arguments[1])
     import fastpeft.ops.dora as dora
 
-    y = ours(*arguments)
     with spy, torch.no_grad():  # the bodies of the custom ops, which the dispatcher hides from a mode outside
-        squared = row_norm_squared(arguments[1])
-        out = dora._dora_linear._init_fn(*arguments, squared, SCALING, 0.0, None)
-        dora._dora_linear_backward._init_fn(
-            torch.ones_like(y), arguments[0], out[0], *(arguments[i] for i in (1, 3, 4, 5)),
-            out[1], out[2], SCALING, 0.0, None, [True, False, True, True, True], None, False,
+        y, S, _, norm = dora._forward(*arguments, None, SCALING, 0.0, None, False, "torch")
+        dora._gradients(
+            torch.ones_like(y), arguments[0], y, *(arguments[i] for i in (1, 3, 4, 5)), S, norm, SCALING, 0.0,
+            None, False, False, "torch", [True, False, True, True, True], None,
         )  # fmt: skip
     assert (64, 56) in spy.shapes, "the spy saw no output: it is not looking inside the op"
     assert not {shape for shape in spy.shapes if shape in ((56, 48), (48, 56))}
@@ -220,10 +233,13 @@ def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
 def test_opcheck_and_compile():
     for bias in (True, False):
         arguments = leaves(problem((2, 3), 16, 16, 2, torch.float32, bias=bias))
-        squared = row_norm_squared(arguments[1])
-        torch.library.opcheck(
-            torch.ops.fastpeft.dora_linear.default, (*arguments, squared, SCALING, 0.0, None)
-        )
+        t = dict(zip(ORDER, (a if a is None else a.detach() for a in arguments), strict=True))
+        norm = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
+        for given in (None, norm):
+            torch.library.opcheck(
+                torch.ops.fastpeft.dora_linear.default,
+                (*arguments, given, SCALING, 0.0, None, False, "torch"),
+            )
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), ours(*arguments))
 
@@ -237,11 +253,6 @@ def test_norm_stays_fp32_under_autocast():
         y = ours(*leaves(tensors))
     assert torch.equal(inside, outside)
     assert y.dtype is torch.bfloat16
-
-
-def test_triton_asked_for_is_refused_not_replaced():
-    with fastpeft.use_backend("triton"), pytest.raises(fastpeft.BackendError, match="no Triton kernel yet"):
-        ours(*leaves(problem((2,), 16, 16, 2, torch.float32)))
 
 
 def test_wrong_magnitude_shape_is_named():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.ops._common import draw_seed, dropout_mask
+from fastpeft.ops.dropout import draw_seed, dropout_mask
 from fastpeft.ops.lora import lora_linear, lora_linear_reference
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
@@ -28,7 +28,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["torch-native", "torch-fp32", "triton"], autouse=True)
+@pytest.fixture(params=["torch-native", "torch-fp32", "torch-few", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
     name, _, way = request.param.partition("-")
     force_products(way)

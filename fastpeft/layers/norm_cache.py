@@ -1,0 +1,220 @@
+"""DoRA's row norm ``n = ||W + s B A||_row``, kept while A, B and W stay what they were.
+
+Gradient accumulation, the recomputation of activation checkpointing and evaluation find it ready. m is no
+part of it (``c = m / n`` is taken inside the op), so a step of m alone keeps it.
+
+Neither identity nor ``_version`` proves that a tensor is unchanged: writes through ``.data``, FSDP2's
+all-gather and torch's fused optimisers (measured with torch 2.13) leave the version as it was. So, beyond a
+key of identity, address, version, dtype, device, shape and strides:
+
+- On a CPU every forward compares values. A and B are compared whole, with exact copies: 40 us at r=16 and
+  4096 x 4096, as long as sums over the integer bits take, which some changes would pass. W is compared along
+  its diagonal, continued through the whole matrix in steps of its shorter side: one element of every row and
+  of every column, 17 us there (cold 120 us; four whole columns: 55 and 450). It sees whatever rewrites W, a
+  row or a column of it; it cannot see a write through ``weight.data`` to elements off the diagonal alone.
+- On a GPU a comparison would wait for the device. There :func:`trust` goes by who may have written; what it
+  cannot see is a write through ``.data`` between two grad-enabled forwards of one optimiser step.
+
+Kept: n and, on a CPU, ``||W||^2``, the copies of A and B and W's sample. Never in a state_dict; a copied or
+pickled module starts with an empty cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft import backend as backends
+from fastpeft.layers.optimizer_steps import STEPS
+from fastpeft.ops.row_norm import row_norm, row_norm_squared
+
+PLAIN_TYPES = (Tensor, nn.Parameter)  # not DTensor, FakeTensor, quantised weights
+Trust = Literal["values", "key", "never"]
+
+
+def trust(
+    *,
+    is_cpu: bool,
+    recomputing: bool = False,
+    sole_forward: bool = False,
+    grad_enabled: bool = False,
+    stepped: bool = False,
+    from_grad: bool = False,
+) -> Trust:
+    """Return what must be unchanged before a stored norm is used again; ``never``: nothing suffices.
+
+    Args:
+        is_cpu: values can be compared without waiting for a device.
+        recomputing: this forward runs inside a backward, as activation checkpointing's does.
+        sole_forward: the stored norm is from the only forward that this backward can be repeating, or from
+            this backward itself. (After two forwards, with weights exchanged through ``.data`` in between,
+            it may be the other one's.)
+        grad_enabled: weights are exchanged through ``.data``, for an EMA say, where no gradients are wanted.
+        stepped: A and B were last written by a ``torch.optim`` step that was seen. FSDP2's unsharded
+            parameters are in no optimiser, those of hand-written loops neither: they never were.
+        from_grad: the stored norm was computed with gradients enabled, so not for exchanged weights.
+    """
+    if is_cpu:
+        return "values"
+    if (recomputing and sole_forward) or (grad_enabled and stepped and from_grad):
+        return "key"
+    return "never"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """A value computed from ``tensors``: what they looked like then, and copies of what to compare."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    key: tuple[object, ...]
+    copies: tuple[Tensor, ...]
+    value: Tensor
+    from_grad: bool = False
+
+    def is_of(self, tensors: tuple[Tensor, ...], key: tuple[object, ...]) -> bool:
+        return self.key == key and all(r() is t for r, t in zip(self.tensors, tensors, strict=True))
+
+    def same_values(self, values: tuple[Tensor, ...]) -> bool:
+        return all(torch.equal(copy, value) for copy, value in zip(self.copies, values, strict=True))
+
+
+class NormCache:
+    """One layer's row norm (module docstring)."""
+
+    def __init__(self) -> None:
+        self._norm: _Stored | None = None
+        self._squared: _Stored | None = None
+        self._forwards = 0  # outside backward, since the last one inside
+        self._task = -1  # the backward that the last forward inside one belonged to
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:  # copy and pickle start empty
+        return NormCache, ()
+
+    def norm(
+        self, parameter: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor | None:
+        """Return n [out_features] in fp32 (fp64), or None where it is the op's own business.
+
+        ``weight`` is ``parameter`` as [out_features, in_features]. None: under torch.compile, CUDA graph
+        capture and other tracing, whose results outlive this call; for tensor subclasses; for tensors made in
+        inference mode, which count no writes; on the meta device; and for a weight that trains.
+        """
+        tensors = (parameter, lora_A, lora_B)
+        if _is_traced(parameter) or parameter.requires_grad or not all(map(_is_plain, tensors)):
+            return None
+        key = (*map(_look, tensors), scaling)
+        if is_cpu := _is_cpu(parameter):
+            level, squared = trust(is_cpu=True), self._weight_norm_squared(parameter, weight)
+        else:
+            level, squared = self._trust_on_gpu(lora_A, lora_B), None
+            key += (STEPS.follow(lora_A).count, STEPS.follow(lora_B).count, _stream(weight))
+        stored = self._norm
+        if (
+            stored is None
+            or level == "never"
+            or not stored.is_of(tensors, key)
+            or (level == "values" and not stored.same_values((lora_A, lora_B)))
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                # Copied before they are read: a write by another thread in between costs a recomputation.
+                copies = (lora_A.clone(), lora_B.clone()) if is_cpu else ()
+                value = _computed(weight, lora_A, lora_B, scaling, squared)
+            stored = self._norm = _Stored(
+                tensors=tuple(map(weakref.ref, tensors)),
+                key=key,
+                copies=copies,
+                value=value,
+                from_grad=torch.is_grad_enabled(),
+            )
+        return stored.value
+
+    def _weight_norm_squared(self, parameter: Tensor, weight: Tensor) -> Tensor:
+        stored, key, sample = self._squared, (_look(parameter),), _diagonal(weight)
+        if stored is None or not (stored.is_of((parameter,), key) and stored.same_values(sample)):
+            with torch.inference_mode(False), torch.no_grad():
+                copies = tuple(part.clone() for part in sample)
+                value = row_norm_squared(weight)
+            stored = _Stored(tensors=(weakref.ref(parameter),), key=key, copies=copies, value=value)
+            self._squared, self._norm = stored, None
+        return stored.value
+
+    def _trust_on_gpu(self, lora_A: Tensor, lora_B: Tensor) -> Trust:
+        task = torch._C._current_graph_task_id()
+        recomputing = task != -1
+        level = trust(
+            is_cpu=False,
+            recomputing=recomputing,
+            sole_forward=self._forwards == 1 or (self._forwards == 0 and self._task == task),
+            grad_enabled=torch.is_grad_enabled(),
+            stepped=STEPS.follow(lora_A).wrote_last(lora_A) and STEPS.follow(lora_B).wrote_last(lora_B),
+            from_grad=self._norm is not None and self._norm.from_grad,
+        )
+        self._forwards, self._task = (0, task) if recomputing else (self._forwards + 1, -1)
+        return level
+
+
+def _computed(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squared: Tensor | None
+) -> Tensor:
+    """Return n, as the op of the backend that will run computes it where it is given none."""
+    if backends.resolve(weight, op="dora_linear") == "triton":
+        import fastpeft_kernels
+
+        return fastpeft_kernels.row_norm(weight, lora_A, lora_B, scaling)
+    return row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight) if squared is None else squared)
+
+
+def _is_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN_TYPES and not tensor.is_inference() and not tensor.is_meta
+
+
+def _is_traced(parameter: Tensor) -> bool:
+    """Whether something watches the calls: what it keeps would keep a value, or miss a call another time.
+
+    Selective activation checkpointing is such a dispatch mode: it counts the products it sees in forward and
+    hands them out in that order in the recomputation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _look(tensor: Tensor) -> tuple[object, ...]:
+    """What shows of a tensor without reading it."""
+    return (
+        tensor.data_ptr(),
+        tensor._version,
+        tensor.dtype,
+        tensor.device,
+        tensor.shape,
+        tensor.stride(),
+    )
+
+
+def _stream(tensor: Tensor) -> int:
+    """The stream that orders a stored value before its use; work on another one would not wait for it."""
+    return torch.cuda.current_stream(tensor.device).stream_id if tensor.is_cuda else 0
+
+
+def _diagonal(weight: Tensor) -> tuple[Tensor, ...]:
+    """Views of one element of every row and of every column of W: the diagonals of its square parts."""
+    short, long = sorted(weight.shape)
+    if short == 0:
+        return ()
+    along = weight.stride(0 if weight.shape[0] == long else 1)
+    step, start = sum(weight.stride()), weight.storage_offset()
+    squares, rest = divmod(long, short)
+    whole = weight.as_strided((squares, short), (short * along, step), start)
+    return (whole, weight.as_strided((rest,), (step,), start + squares * short * along)) if rest else (whole,)

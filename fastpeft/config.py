@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from fastpeft.errors import ConfigError
 
 N = TypeVar("N", bound=float)
 Bias = Literal["none", "all", "lora_only"]
+DoRADropout = Literal["base_and_adapter", "adapter"]
 ALL_LINEAR = "all-linear"
 
 # Fields of PEFT's LoraConfig that do not change what the model computes or how its files are read.
@@ -46,8 +47,8 @@ _TASK_HEADS = {
 class LoRA:
     """LoRA (arXiv 2106.09685) or, with ``use_dora``, DoRA (arXiv 2402.09353) on chosen linear layers.
 
-    Every field has the name and meaning it has in ``peft.LoraConfig``; only the default of
-    ``target_modules`` differs (PEFT keeps a table of names by model type, which is used for its own objects).
+    Every field but ``dora_dropout`` has the name and meaning it has in ``peft.LoraConfig``; only the default
+    of ``target_modules`` differs (PEFT keeps a table of names by model type, used for its own objects).
 
     Attributes:
         r: rank of the update ``B A``.
@@ -58,6 +59,9 @@ class LoRA:
             inside the model's repeated blocks.
         exclude_modules: names, suffixes or one regular expression, taken out of ``target_modules``.
         use_dora: learn a magnitude per output feature beside the low-rank direction.
+        dora_dropout: what ``lora_dropout`` drops under ``use_dora``: ``"base_and_adapter"``, as PEFT and the
+            paper's code do, or ``"adapter"``, as torchtune and Axolotl do (formulas in
+            :mod:`fastpeft.ops.dora`). Files do not hold it: it plays no part after training.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
         bias: which biases of the base train: ``"none"``, ``"all"``, or ``"lora_only"`` (of patched modules).
         modules_to_save: modules trained whole and saved with the adapter: every one whose path ends so.
@@ -77,6 +81,7 @@ class LoRA:
     target_modules: tuple[str, ...] | str | None = None
     exclude_modules: tuple[str, ...] | str | None = None
     use_dora: bool = False
+    dora_dropout: DoRADropout = "base_and_adapter"
     use_rslora: bool = False
     bias: Bias = "none"
     modules_to_save: tuple[str, ...] = ()
@@ -92,6 +97,10 @@ class LoRA:
             raise ConfigError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if self.dora_dropout not in get_args(DoRADropout):
+            raise ConfigError(
+                f"dora_dropout: expected 'base_and_adapter' or 'adapter', got {self.dora_dropout!r}"
+            )
         for name in ("use_dora", "use_rslora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")

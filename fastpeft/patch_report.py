@@ -23,19 +23,24 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Everything :func:`fastpeft.patch` did to one model; ``str()`` gives a line per module.
+    """Everything :func:`fastpeft.patch` did to one model, and what runs it; ``str()`` gives a line for each.
 
     Attributes:
         modules: one entry per linear module, and per module trained whole.
         trainable_parameters: elements that require gradients after the patch.
         total_parameters: elements of the model, the adapter's included.
         unmatched: entries of ``target_modules`` that named nothing (only where PEFT's rule allows it).
+        backend: which backend runs where the model is now, or why the one that was asked for cannot.
+        kernels: the choices between kernels that this process has measured or found in its file, each with
+            the candidates' times relative to the winner's; empty off a GPU.
     """
 
     modules: tuple[ModuleReport, ...]
     trainable_parameters: int
     total_parameters: int
     unmatched: tuple[str, ...] = ()
+    backend: str = ""
+    kernels: tuple[str, ...] = ()
 
     @property
     def patched(self) -> tuple[str, ...]:
@@ -53,4 +58,7 @@ class PatchReport:
         return line + (f"; matched nothing: {', '.join(self.unmatched)}" if self.unmatched else "")
 
     def __str__(self) -> str:
-        return "\n".join([*(str(module) for module in self.modules), self.summary()])
+        lines = [str(module) for module in self.modules]
+        lines += [f"backend: {self.backend}"] if self.backend else []
+        lines += [f"kernels: {choice}" for choice in self.kernels]
+        return "\n".join([*lines, self.summary()])

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft import backend as backends
+from fastpeft.choice import choices
 from fastpeft.config import LoRA, as_lora
-from fastpeft.errors import PatchError
+from fastpeft.errors import BackendError, PatchError
 from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
 from fastpeft.layers.kinds import adapter_class
 from fastpeft.patch_report import ModuleReport, PatchReport
@@ -104,12 +106,22 @@ def unpatch(model: ModelT) -> ModelT:
 
 
 def report(model: nn.Module) -> PatchReport:
-    """Return what :func:`patch` did to every module of the model.
+    """Return what :func:`patch` did to every module of the model, and which backend and kernels run it.
 
     Raises:
         PatchError: the model is not patched.
     """
-    return require_state(model, "report").report
+    done = require_state(model, "report").report
+    return dataclasses.replace(done, backend=_backend_of(model), kernels=choices())
+
+
+def _backend_of(model: nn.Module) -> str:
+    _, layer = next(adapter_layers(model))
+    try:
+        name = backends.resolve(layer.weight, op="report")
+    except BackendError as error:
+        return f"{backends.get_backend()}, which cannot run: {error}"
+    return f"{name} on {layer.weight.device}"
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterMixin]]:
@@ -181,6 +193,7 @@ def _build(selection: Selection, config: LoRA, adapter_name: str) -> dict[str, A
                     scaling=config.scaling_of(path),
                     lora_dropout=config.lora_dropout,
                     use_dora=config.use_dora,
+                    dropout_on_base=config.dora_dropout == "base_and_adapter",
                     init_lora_weights=config.init_lora_weights,
                 ),
             )

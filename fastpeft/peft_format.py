@@ -62,6 +62,7 @@ def to_peft_config(model: nn.Module, state: PatchState) -> dict[str, Any]:
     content: dict[str, Any] = {
         field.name: getattr(state.config, field.name) for field in dataclasses.fields(state.config)
     }
+    del content["dora_dropout"]  # no field of PEFT's
     content.update(
         peft_type="LORA",
         task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),

@@ -187,7 +187,7 @@ def test_step_end_to_end(tmp_path, capsys):
 
 
 def test_layers_memory_and_profile_end_to_end(capsys):
-    shape = ("--shapes", "32x24x40", "--ranks", "4", "--dtypes", "bfloat16", "float32")
+    shape = ("--shapes", "32x24x40", "--ranks", "4", "--dtypes", "bfloat16", "float32", "--dropout", "0.1")
     assert bench_cli.main(["layers", *shape, "--rounds", "2", *ONE_THREAD]) == 0
     assert (
         bench_cli.main(
@@ -213,15 +213,19 @@ def test_layers_memory_and_profile_end_to_end(capsys):
         == 0
     )
     out = capsys.readouterr().out
-    for word in ("32x24x40 (tokens x in x out), float32", "saved MiB", "adapter GEMMs"):
+    for word in ("32x24x40 (tokens x in x out), float32, r=4, dropout 0.1", "saved MiB", "adapter GEMMs",
+                 "float32, dora, dropout 0.1"):  # fmt: skip
         assert word in out
     assert "not timed" not in out
     assert "not counted" not in out
 
 
 def test_default_layers_are_the_documented_list():
-    assert layers.DEFAULT[0].title == "1024x2048x2048 (tokens x in x out), bfloat16, r=16"
-    assert len(layers.DEFAULT) == 6
+    default = layers.parser().parse_args([])
+    assert list(map(str, default.shapes)) == [
+        "512x1024x1024", "1024x2048x2048", "256x4096x4096", "2048x1024x4096"
+    ]  # fmt: skip
+    assert (default.ranks, default.dtypes, default.dropout) == ([16, 64], ["bfloat16", "float32"], [0.0])
 
 
 def test_command_line_help_and_wrong_use(capsys, tmp_path):

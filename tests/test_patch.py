@@ -438,3 +438,19 @@ def test_unpatch_of_a_model_that_lost_parts_changes_nothing():
         fastpeft.unpatch(model)
     assert_unchanged(model, before)
     assert fastpeft.report(model).patched
+
+
+def test_dora_dropout_chooses_what_is_dropped():
+    """With the adapter at zero, PEFT's dropout still moves the base product of a row whose scale is not 1."""
+    outputs = {}
+    for meaning in ("base_and_adapter", "adapter"):
+        model = nn.Sequential(nn.Linear(8, 4, bias=False))
+        config = fastpeft.LoRA(
+            r=2, use_dora=True, lora_dropout=0.5, dora_dropout=meaning, target_modules="all-linear"
+        )
+        fastpeft.patch(model, config).train()
+        with torch.no_grad():
+            model[0].lora_magnitude_vector["default"].mul_(2)
+        x = torch.randn(64, 8)
+        outputs[meaning] = torch.equal(model(x), model(x))
+    assert outputs == {"base_and_adapter": False, "adapter": True}

@@ -29,6 +29,7 @@ class AdapterSpec:
     scaling: float
     lora_dropout: float
     use_dora: bool
+    dropout_on_base: bool
     init_lora_weights: bool | Literal["gaussian"]
 
 
@@ -108,6 +109,7 @@ class AdapterMixin(nn.Module):
             self.lora_magnitude_vector[name],
             scaling=spec.scaling,
             dropout_p=dropout_p,
+            dropout_on_base=spec.dropout_on_base,
             norm=self._norm_cache.norm(self.weight, weight, lora_A, lora_B, spec.scaling),
         )
 

@@ -48,7 +48,7 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seed
-from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 from fastpeft.ops.ways import way_for
@@ -117,8 +117,8 @@ def dora_linear(
         raise ShapeError(f"dora_linear: expected magnitude [{weight.shape[0]}], got {list(magnitude.shape)}")
     if norm is not None and norm.shape != magnitude.shape:
         raise ShapeError(f"dora_linear: expected norm [{weight.shape[0]}], got {list(norm.shape)}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        # The op has no gradient for W (its point is a frozen base): plain autograd has.
+    if (weight.requires_grad and torch.is_grad_enabled()) or is_transformed():
+        # The op has no gradient for W (its point is a frozen base), plain autograd has.
         mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
         A, B, m = lora_A.to(x.dtype), lora_B.to(x.dtype), magnitude.to(x.dtype)
         return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask, dropout_on_base)

@@ -2,7 +2,8 @@
 
 A Python custom op costs about 0.1 ms a call, forward and backward together more than a small linear itself
 (figures in CONTRIBUTING.md). In plain eager mode nobody looks at the op as an op, so it is called without it;
-whoever does look (``torch.compile``, ``FakeTensor``, dispatch modes, ``torch.func``) sees the custom op.
+whoever does look (``torch.compile``, ``FakeTensor``, dispatch modes) sees the custom op. Under ``torch.func``
+the ops' references run, which every transform can see through.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform (grad, vmap, jvp) is at work, which no Python custom op supports."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def runs_eagerly(x: Tensor) -> bool:
-    """Whether nothing traces, intercepts or transforms the operations on ``x``."""
+    """Whether nothing traces or intercepts the operations on ``x``."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and not isinstance(x, FakeTensor)
     )

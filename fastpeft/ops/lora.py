@@ -32,7 +32,7 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seed
-from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.ways import way_for
 
@@ -81,8 +81,8 @@ def lora_linear(
     """
     x, weight, bias = autocast_inputs(x, weight, bias)
     check_inputs("lora_linear", x, weight, bias, lora_A, lora_B)
-    if weight.requires_grad and torch.is_grad_enabled():
-        # The op has no gradient for W (its point is a frozen base): plain autograd has.
+    if (weight.requires_grad and torch.is_grad_enabled()) or is_transformed():
+        # The op has no gradient for W (its point is a frozen base), plain autograd has.
         mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return lora_linear_reference(x, weight, bias, A, B, scaling, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -82,12 +83,21 @@ def backward(
         dA = dS.t() @ (x if bits is None else keep(x, bits))
         result.A = scaled_cast(dA, k, accumulation_dtype(dy.dtype))
     if need.B:
-        # S^T g, not g^T S: half the time at r = 16 (0.34 against 0.58 ms at 1024 x 2048, bf16).
-        dB = (S.t() @ g).t().contiguous()
-        result.B = scaled_cast(dB, scaling, accumulation_dtype(dy.dtype))
+        result.B = _grad_lora_b(g, S, scaling)
     if need.bias:
         result.bias = feature_sum(dy)
     if need.dot:
         assert kept is not None
         result.dot = feature_dot(dy, kept)
     return result
+
+
+def _grad_lora_b(g: Tensor, S: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling * g^T S`` [out_features, r] in fp32 (fp64)."""
+    dtype = accumulation_dtype(g.dtype)
+    if g.dtype == dtype or S.shape[1] > 16:
+        return scaled_cast(g.t() @ S, scaling, dtype)
+    # The wide matrix on the right, which oneDNN packs faster: at 2048 x 4096 and r = 16, 1.1 ms with the
+    # transposition against 1.4. From r = 32 on the transposition costs more than that saves.
+    dB = torch.empty(g.shape[1], S.shape[1], dtype=dtype, device=g.device)
+    return dB.copy_((S.t() @ g).t()).mul_(scaling)

@@ -1,0 +1,39 @@
+"""``torch.func`` sees through the ops: gradients, per-sample gradients and Jacobian-vector products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpeft.ops.dora import dora_linear
+from fastpeft.ops.lora import lora_linear
+
+
+def layer(dora: bool):
+    g = torch.Generator().manual_seed(0)
+    weight, magnitude = torch.randn(7, 6, generator=g), 1 + torch.rand(7, generator=g)
+    lora_A, lora_B = torch.randn(3, 6, generator=g), torch.randn(7, 3, generator=g)
+
+    def call(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        if dora:
+            return dora_linear(x, weight, None, lora_A, lora_B, magnitude, scaling=0.5)
+        return lora_linear(x, weight, None, lora_A, lora_B, scaling=0.5)
+
+    return call, torch.randn(5, 6, generator=g), lora_A, lora_B
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_grad_vmap_and_jvp(dora):
+    call, x, lora_A, lora_B = layer(dora)
+
+    def loss(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return call(x, lora_A, lora_B).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, lora_A, lora_B)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(x, lora_A, lora_B), expected)
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=2), in_dims=(0, None, None))
+    torch.testing.assert_close(per_sample(x[:, None], lora_A, lora_B).sum(0), expected[2])
+    _, forward_mode = torch.func.jvp(lambda x: loss(x, lora_A, lora_B), (x,), (x,))
+    torch.testing.assert_close(forward_mode, (expected[0] * x).sum())

@@ -12,7 +12,8 @@ SUITES = {
     "layers": ("bench.layers", "one linear: forward and backward of frozen, PEFT and fastpeft"),
     "memory": ("bench.memory", "bytes kept for backward, of one layer and of a whole model"),
     "profile": ("bench.profile_step", "where the time of a step goes"),
-    "codegen": ("bench.codegen", "the Triton kernels compiled for each GPU family: registers, spills"),
+    "traffic": ("bench.traffic", "bytes and FLOPs of each Triton kernel, beside floor and peers"),
+    "codegen": ("bench.codegen.main", "the Triton kernels compiled for each GPU family: registers, spills"),
 }
 
 SHORT: list[list[str]] = [["step", "--ranks", "16", "--rounds", "5"], ["memory", "--layer-only"]]

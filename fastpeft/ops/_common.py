@@ -55,6 +55,11 @@ def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient of any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run an op's implementation with autocast off.
 

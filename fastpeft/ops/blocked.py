@@ -51,7 +51,7 @@ def forward(
     x32, A = x.float(), lora_A.float()
     kept, k = x32, 1.0
     if dropout is not None:
-        kept = keep(x32, keep_bits(*x.shape, dropout.p, dropout.seed, x32))
+        kept = keep(x32, keep_bits(x.shape, dropout.p, dropout.seed, x32))
         k = keep_scale(dropout.p)
     S = (kept @ A.t()).mul_(k)
     sB = lora_B.float() * scaling
@@ -94,7 +94,7 @@ def backward(
 
     bits, k = None, 1.0
     if dropout is not None and (need.x or need.A):
-        bits = keep_bits(tokens, in_features, dropout.p, dropout.seed, A)
+        bits = keep_bits((tokens, in_features), dropout.p, dropout.seed, A)
         k = keep_scale(dropout.p)
     on_base = c is not None and dropout is not None and dropout.on_base
     result = Gradients(

@@ -39,11 +39,13 @@ from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
+from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_inputs,
     check_inputs,
     flatten_tokens,
+    needs_gradients,
     unflatten_tokens,
     without_autocast,
 )
@@ -132,7 +134,10 @@ def dora_linear(
         x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed, on_base, backend
     )  # fmt: skip
     if runs_eagerly(x):
-        return _DoRALinear.apply(*inputs)  # type: ignore[no-any-return]
+        trained = (x, bias, lora_A, lora_B, magnitude)
+        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
+            return _decode(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
+        return _DoRALinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(*inputs)
     return outputs[0]
 
@@ -140,6 +145,23 @@ def dora_linear(
 def keeps_product(x: Tensor, bias: Tensor | None, on_base: bool) -> bool:
     """Whether dm needs z kept, because y does not tell it (module docstring)."""
     return bias is not None or on_base or x.dtype is torch.float16
+
+
+@without_autocast
+def _decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Return y for a few tokens that nobody differentiates."""
+    tokens = flatten_tokens(x)
+    y = kernel_paths.dora_decode(tokens, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
+    return unflatten_tokens(y, x.shape)
 
 
 @without_autocast
@@ -162,16 +184,14 @@ def _forward(
     keep_z = keeps_product(x, bias, on_base)
     z: Tensor | None
     if backend == "triton":
-        kernels = _kernels()
-        n = kernels.row_norm(weight, lora_A, lora_B, scaling) if norm is None else norm
-        y, S, z = kernels.dora_forward(
+        y, S, z, n = kernel_paths.dora_forward(
             tokens,
             weight,
             bias,
             lora_A,
             lora_B,
             magnitude,
-            n,
+            norm,
             scaling,
             dropout_p,
             seed,
@@ -179,9 +199,7 @@ def _forward(
             keep_z=keep_z,
         )
     else:
-        n = norm
-        if n is None:
-            n = row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight))
+        n = norm if norm is not None else row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight))
         way = way_for(tokens)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
         c = row_scale(magnitude, n)
@@ -218,7 +236,7 @@ def _gradients(
     tokens = None if x is None else flatten_tokens(x)
     kept2d = None if kept is None else flatten_tokens(kept)
     if backend == "triton":
-        dx, dA, dB, dm, dbias = _kernels().dora_backward(
+        dx, dA, dB, dm, dbias = kernel_paths.kernels().dora_backward(
             dy2d,
             tokens,
             kept2d,
@@ -257,12 +275,6 @@ def _gradients(
     if dx is not None:
         dx = unflatten_tokens(dx, dy.shape)
     return [gradient for gradient in (dx, dbias, dA, dB, dm) if gradient is not None]
-
-
-def _kernels() -> Any:
-    import fastpeft_kernels
-
-    return fastpeft_kernels
 
 
 _dora_linear = torch.library.custom_op("fastpeft::dora_linear", _forward, mutates_args=())
@@ -386,6 +398,6 @@ class _DoRALinear(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)

@@ -11,6 +11,9 @@ rank-r product or to an adapter, in fp32.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,16 +40,16 @@ def keep_scale(dropout_p: float) -> float:
     return LEVELS / kept if kept else 0.0
 
 
-def keep_bits(rows: int, columns: int, dropout_p: float, seed: Tensor, like: Tensor) -> Tensor:
-    """Return the mask of ``seed``, [rows, columns]: all bits set where an element is kept, none elsewhere.
+def keep_bits(shape: Sequence[int], dropout_p: float, seed: Tensor, like: Tensor) -> Tensor:
+    """Return the mask of ``seed`` in ``shape``: all bits set where an element is kept, none elsewhere.
 
     Its dtype is the signed integer of the size of ``like``'s elements, its device is ``like``'s.
     """
     generator = torch.Generator(like.device).manual_seed(int(seed))
-    count = rows * columns
+    count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
     words.random_(generator=generator).bitwise_and_(0x7FFF_7FFF_7FFF_7FFF)
-    lanes = words.view(torch.int16)[:count].view(rows, columns)
+    lanes = words.view(torch.int16)[:count].view(*shape)
     # threshold - 1 - number is negative where the number reaches the threshold: its sign fills the lane.
     bits = torch.sub(_threshold(dropout_p) - 1, lanes, out=lanes).bitwise_right_shift_(15)
     return bits.to(INTEGER[like.element_size()])
@@ -69,7 +72,7 @@ def dropout_mask(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     For references; the ops apply the bits.
     """
     ones = torch.ones(like.shape, dtype=like.dtype, device=like.device)
-    return keep_(ones, keep_bits(*like.shape, dropout_p, seed, like)).mul_(keep_scale(dropout_p))
+    return keep_(ones, keep_bits(like.shape, dropout_p, seed, like)).mul_(keep_scale(dropout_p))
 
 
 def _threshold(dropout_p: float) -> int:

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform (grad, vmap, jvp) is at work, which no Python custom op supports."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Dynamo traces the question itself with an interpreter of its own on the stack.
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def runs_eagerly(x: Tensor) -> bool:

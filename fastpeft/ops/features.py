@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastpeft.ops._common import accumulation_dtype
 
-CHUNK_ROWS = 128  # 128 x 2048 in fp32 is 1 MiB: a chunk stays in the second-level cache
 # Of a temporary. Above 32 MiB glibc maps and unmaps it at every use: a sum of 2048 x 4096 then takes 11 ms
 # instead of 3, all of it page faults.
 CHUNK_ELEMENTS = 2**20
@@ -20,18 +19,22 @@ def scale_features(y: Tensor, c: Tensor, *, out: Tensor | None = None) -> Tensor
 
     ``c`` is not rounded to y's dtype first: near 1, where DoRA's row scale lives, bf16 cannot tell a step of
     the magnitude from none. On a CPU a mixed-dtype product makes fp32 copies of whole tensors (measured 2x
-    the time of the pass below, at 512 x 2048), so c is applied as ``y + y * (c - 1)`` with ``c - 1`` in
-    16 bits while every c lies within 1/2 of 1 (error at most half of y's own rounding), and in cache-sized
-    fp32 chunks otherwise.
+    the time of the pass below, at 512 x 2048), so ``c`` is applied as ``y + y * (c - 1)`` with ``c - 1`` in
+    16 bits where it lies within 1/2 of 1 (error at most half of y's own rounding). Features beyond that are
+    taken out and multiplied in fp32, so that no feature's bits depend on another's scale.
     """
     out = torch.empty_like(y) if out is None else out
     if y.dtype == c.dtype or not y.is_cpu:
         return torch.mul(y, c, out=out)
     excess = c - 1.0
-    if y.numel() == 0 or excess.abs().max() <= 0.5:
+    is_far = excess.abs() > 0.5
+    if not is_far.any():
         return torch.addcmul(y, y, excess.to(y.dtype), out=out)
-    for rows, target in zip(torch.split(y, CHUNK_ROWS), torch.split(out, CHUNK_ROWS), strict=True):
-        torch.mul(rows, c, out=target)
+    far = is_far.nonzero().squeeze(1)
+    # Before the pass, which may be in place; by runs of rows, for the fp32 copy stays small.
+    scaled = [(rows[:, far].float() * c[far]).to(y.dtype) for (rows,) in _chunks(y)]
+    torch.addcmul(y, y, excess.to(y.dtype), out=out)
+    out[:, far] = torch.cat(scaled)
     return out
 
 

@@ -107,4 +107,4 @@ def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
     x32 = x.float()
     if dropout is None:
         return x32
-    return keep(x32, keep_bits(*x.shape, dropout.p, dropout.seed, x32)).mul_(keep_scale(dropout.p))
+    return keep(x32, keep_bits(x.shape, dropout.p, dropout.seed, x32)).mul_(keep_scale(dropout.p))

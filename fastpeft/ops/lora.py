@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
+from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import (
     autocast_inputs,
     check_inputs,
     flatten_tokens,
+    needs_gradients,
     unflatten_tokens,
     without_autocast,
 )
@@ -89,11 +91,23 @@ def lora_linear(
     backend = backends.resolve(x, op="lora_linear")
     seed = draw_seed(x, dropout_p, backend)
     if runs_eagerly(x):
-        return _LoRALinear.apply(  # type: ignore[no-any-return]
+        trained = (x, bias, lora_A, lora_B)
+        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
+            return _decode(x, weight, bias, lora_A, lora_B, scaling)
+        return _LoRALinear.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend
         )
     y, _ = torch.ops.fastpeft.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
     return y  # type: ignore[no-any-return]
+
+
+@without_autocast
+def _decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """Return y for a few tokens that nobody differentiates."""
+    y = kernel_paths.lora_decode(flatten_tokens(x), weight, bias, lora_A, lora_B, scaling)
+    return unflatten_tokens(y, x.shape)
 
 
 @without_autocast
@@ -111,7 +125,7 @@ def _forward(
     """Return y [..., out_features] and S [tokens, r]."""
     tokens = flatten_tokens(x)
     if backend == "triton":
-        y, S = _kernels().lora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        y, S = kernel_paths.lora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     else:
         way = way_for(tokens)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed)
@@ -140,7 +154,7 @@ def _gradients(
     tokens = None if x is None else flatten_tokens(x)
     need_x, need_A, need_B, need_bias = need
     if backend == "triton":
-        dx, dA, dB, dbias = _kernels().lora_backward(
+        dx, dA, dB, dbias = kernel_paths.lora_backward(
             dy2d,
             tokens,
             weight,
@@ -172,12 +186,6 @@ def _gradients(
 
 _lora_linear = torch.library.custom_op("fastpeft::lora_linear", _forward, mutates_args=())
 _lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _gradients, mutates_args=())
-
-
-def _kernels() -> Any:
-    import fastpeft_kernels
-
-    return fastpeft_kernels
 
 
 @_lora_linear.register_fake
@@ -261,6 +269,6 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)

@@ -26,7 +26,7 @@ def forward(
     """x is [tokens, in_features], ``c`` DoRA's row scale; everything else is as the ops take it."""
     kept, k = x, 1.0
     if dropout is not None:
-        kept = keep(x, keep_bits(*x.shape, dropout.p, dropout.seed, x))
+        kept = keep(x, keep_bits(x.shape, dropout.p, dropout.seed, x))
         k = keep_scale(dropout.p)
     S = kept @ scaled_cast(lora_A, k, x.dtype).t()
     Bt = lora_B.to(x.dtype).t()
@@ -62,7 +62,7 @@ def backward(
     result = Gradients()
     bits, k = None, 1.0
     if dropout is not None and (need.x or need.A):
-        bits = keep_bits(dy.shape[0], weight.shape[1], dropout.p, dropout.seed, dy)
+        bits = keep_bits((dy.shape[0], weight.shape[1]), dropout.p, dropout.seed, dy)
         k = keep_scale(dropout.p)
     if need.x or need.A or need.B:
         g = dy if c is None else scale_features(dy, c)

@@ -1,18 +1,72 @@
 """Triton kernels of fastpeft: torch tensors in, torch tensors out; no autograd, no modules.
 
-Importing this package never imports Triton, so that a machine without it can still import `fastpeft`.
+Importing this package never imports Triton, so that a machine without it can still import `fastpeft`; the
+launchers below are imported with their module on first use.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from .projection import Projection
+from .when import MAX_DECODE_TOKENS, MAX_RANK, prefers_single
 
-__all__ = ["is_available", "lora_backward", "lora_forward"]
+if TYPE_CHECKING:
+    from .decode import dora_decode, lora_decode
+    from .dora import dora_backward, dora_forward
+    from .expand import dora_forward_expand, expand_add_, expand_scale_, lora_forward_expand
+    from .factored_norm import row_norm
+    from .glu import glu_backward, glu_forward
+    from .lora import lora_backward, lora_forward
+    from .single import dora_forward_single, lora_forward_single
+    from .stacked import stacked_backward, stacked_forward
+
+__all__ = [
+    "MAX_DECODE_TOKENS",
+    "MAX_RANK",
+    "Projection",
+    "dora_backward",
+    "dora_decode",
+    "dora_forward",
+    "dora_forward_expand",
+    "dora_forward_single",
+    "expand_add_",
+    "expand_scale_",
+    "glu_backward",
+    "glu_forward",
+    "is_available",
+    "lora_backward",
+    "lora_decode",
+    "lora_forward",
+    "lora_forward_expand",
+    "lora_forward_single",
+    "prefers_single",
+    "row_norm",
+    "stacked_backward",
+    "stacked_forward",
+]
+
+_MODULES = {
+    "dora_backward": "dora",
+    "dora_decode": "decode",
+    "dora_forward": "dora",
+    "dora_forward_expand": "expand",
+    "dora_forward_single": "single",
+    "expand_add_": "expand",
+    "expand_scale_": "expand",
+    "glu_backward": "glu",
+    "glu_forward": "glu",
+    "lora_backward": "lora",
+    "lora_decode": "decode",
+    "lora_forward": "lora",
+    "lora_forward_expand": "expand",
+    "lora_forward_single": "single",
+    "row_norm": "factored_norm",
+    "stacked_backward": "stacked",
+    "stacked_forward": "stacked",
+}
 
 
 def is_available() -> bool:
@@ -20,64 +74,13 @@ def is_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _require_triton() -> None:
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not is_available():
         raise ImportError(
             "the triton kernels need Triton, which is not installed: pip install fastpeft[triton]"
         )
-
-
-def lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`S = drop(x) A^T`, `y = x W^T + scaling * S B^T + bias`; returns `(y, S)`. See `lora.lora_forward`."""
-    _require_triton()
-    from . import lora
-
-    return lora.lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-
-
-def lora_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_bias: bool,
-    bias_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients `(dx, dA, dB, dbias)`, each computed only when asked for. See `lora.lora_backward`."""
-    _require_triton()
-    from . import lora
-
-    return lora.lora_backward(
-        dy,
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        S,
-        scaling,
-        dropout_p,
-        seed,
-        need_x=need_x,
-        need_A=need_A,
-        need_B=need_B,
-        need_bias=need_bias,
-        bias_dtype=bias_dtype,
-    )
+    launcher: object = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = launcher
+    return launcher

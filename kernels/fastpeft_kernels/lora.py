@@ -4,7 +4,7 @@ Hu et al. 2021, arXiv 2106.09685. With `m = drop's mask / (1 - p)`:
 
     S  = (m * x) A^T                       down_projection   one read of x
     y  = x W^T + s S B^T + bias            rank_r_gemm       one read of x, W; one write of y
-    dS = s dY B,  dB = s dY^T S, dbias     grad_s_b          one read of dY
+    dS = s dY B,  dB = s dY^T S, dbias     reduce_dy         one read of dY
     dA = dS^T (m * x)                      grad_a            one read of x
     dx = dY W + m * (dS A)                 rank_r_gemm       one read of dY, W; one write of dx
 
@@ -18,39 +18,12 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .check import check_backward, check_operands
 from .down_projection import down_projection
+from .expand import expand_add_
 from .grad_a import grad_a
-from .grad_s_b import MAX_RANK, grad_s_b
 from .rank_r_gemm import rank_r_gemm
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check(
-    name: str,
-    wide: Tensor,
-    width: int,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    dropout_p: float,
-    seed: object,
-) -> None:
-    """The kernels trust shapes and dtypes: a wrong one would read out of bounds, so it stops here."""
-    (n, k), r = weight.shape, lora_A.shape[0]
-    if wide.dim() != 2 or wide.shape[1] != width or lora_A.shape != (r, k) or lora_B.shape != (n, r):
-        raise ValueError(
-            f"expected {name} [M, {width}], weight [N, K], lora_A [r, K], lora_B [N, r]; got {name} "
-            f"{list(wide.shape)}, weight {[n, k]}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)}"
-        )
-    if wide.dtype not in SUPPORTED_DTYPES or weight.dtype != wide.dtype:
-        raise TypeError(
-            f"{name} and weight must share float32, float16 or bfloat16; got {wide.dtype}, {weight.dtype}"
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0.0 and not (isinstance(seed, Tensor) and seed.numel() == 1 and seed.dtype == torch.int64):
-        raise ValueError("dropout needs `seed`, a one-element int64 tensor on x's device")
+from .reduce_dy import reduce_dy
 
 
 def lora_forward(
@@ -78,13 +51,13 @@ def lora_forward(
     Returns:
         y [M, N] and S [M, r], both in x's dtype and contiguous. S is unscaled; backward wants it as it is.
     """
-    _check("x", x, weight.shape[1], weight, lora_A, lora_B, dropout_p, seed)
+    check_operands("x", x, weight.shape[1], weight, lora_A, lora_B, dropout_p, seed)
     (m, _), n, r = x.shape, weight.shape[0], lora_A.shape[0]
     if m == 0:
         return x.new_empty((0, n)), x.new_empty((0, r))
     with launch.on_device(x):
         S = down_projection(x, lora_A, 1.0 / (1.0 - dropout_p), dropout_p, seed)
-        y = rank_r_gemm(x, weight.t(), S, lora_B.t(), bias, float(scaling))
+        y, _ = rank_r_gemm(x, weight.t(), S, lora_B.t(), bias, float(scaling))
     return y, S
 
 
@@ -104,6 +77,7 @@ def lora_backward(
     need_B: bool,
     need_bias: bool,
     bias_dtype: torch.dtype | None = None,
+    vendor_gemm: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients `(dx, dA, dB, dbias)` of `lora_forward`; what is not asked for is None and costs nothing.
 
@@ -122,17 +96,16 @@ def lora_backward(
         need_B: whether dB is wanted.
         need_bias: whether dbias is wanted.
         bias_dtype: dtype of dbias; dy's when None.
+        vendor_gemm: dx by the vendor's GEMM and one pass that adds the rank-r product to it.
 
     Returns: dx [M, K] in dy's dtype; dA, dB, dbias in the dtypes of A, B and bias, each rounded once, from
     fp32 sums.
     """
-    _check("dy", dy, weight.shape[0], weight, lora_A, lora_B, dropout_p, seed)
-    (m, n), k, r = dy.shape, weight.shape[1], lora_A.shape[0]
-    if S.shape != (m, r) or S.dtype != dy.dtype:
-        raise ValueError(f"expected S {[m, r]} in {dy.dtype}, got {list(S.shape)} in {S.dtype}")
-    if need_A and (x is None or x.shape != (m, k) or x.dtype != dy.dtype):
-        found = "None" if x is None else f"{list(x.shape)} in {x.dtype}"
-        raise ValueError(f"dA needs x {[m, k]} in {dy.dtype}, got {found}")
+    check_operands("dy", dy, weight.shape[0], weight, lora_A, lora_B, dropout_p, seed)
+    (m, n), k = dy.shape, weight.shape[1]
+    check_backward(dy, x if need_A else None, weight, S)
+    if need_A and x is None:
+        raise ValueError("dA needs x")
     sum_dtype = (bias_dtype or dy.dtype) if need_bias else None
     if m == 0:
         return (
@@ -143,37 +116,15 @@ def lora_backward(
         )
     keep_scale = 1.0 / (1.0 - dropout_p)
     with launch.on_device(dy):
-        dS, dB, dbias = _reduce_dy(
-            dy, lora_B, S, float(scaling), need_S=need_x or need_A, need_B=need_B, sum_dtype=sum_dtype
+        dS, dB, dbias, _ = reduce_dy(
+            dy, lora_B, S, float(scaling), need_S=need_x or need_A, need_B=need_B, bias_dtype=sum_dtype
         )
         dA = None
         if need_A and x is not None and dS is not None:
-            dA, _ = grad_a(x, dS, keep_scale, dropout_p, seed, dtype=lora_A.dtype)
+            dA, _, _ = grad_a(x, dS, keep_scale, dropout_p, seed, dtype=lora_A.dtype)
         dx = None
-        if need_x and dS is not None:
-            dx = rank_r_gemm(dy, weight, dS, lora_A, None, keep_scale, dropout_p, seed)
+        if need_x and dS is not None and vendor_gemm:
+            dx = expand_add_(torch.mm(dy, weight), dS, lora_A, keep_scale, dropout_p, seed)
+        elif need_x and dS is not None:
+            dx, _ = rank_r_gemm(dy, weight, dS, lora_A, None, keep_scale, dropout_p, seed)
     return dx, dA, dB, dbias
-
-
-def _reduce_dy(
-    dy: Tensor,
-    lora_B: Tensor,
-    S: Tensor,
-    scaling: float,
-    *,
-    need_S: bool,
-    need_B: bool,
-    sum_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`(dS, dB, dbias)`: one read of dY when r is small and both products are wanted, else one for each."""
-    if need_S and need_B and lora_B.shape[1] <= MAX_RANK:
-        return grad_s_b(dy, lora_B, S, scaling, dtype=lora_B.dtype, bias_dtype=sum_dtype)
-    dS = down_projection(dy, lora_B.t(), scaling, 0.0, None) if need_S else None
-    if need_B:
-        dB, dbias = grad_a(
-            dy, S, scaling, 0.0, None, dtype=lora_B.dtype, columns_first=True, sum_dtype=sum_dtype
-        )
-        return dS, dB, dbias
-    # Without dB there is no kernel of ours whose read of dY the bias could share.
-    dbias = dy.sum(0, dtype=torch.float32).to(sum_dtype) if sum_dtype is not None else None
-    return dS, None, dbias

@@ -13,13 +13,14 @@ class KernelConfig:
     """Tile sizes and launch parameters of one kernel.
 
     Attributes:
-        block_m: rows (tokens) of a tile.
+        block_m: rows (tokens; of W in row_norm) of a tile.
         block_n: output columns of a tile; unused by down_projection.
         block_k: step of the reduction; unused by grad_s_b and grad_a, whose reduction runs over tokens.
         block_r: largest tile of the rank; a larger rank is looped over (or tiled over programs).
         num_warps: warps (wavefronts) a program.
         num_stages: depth of the load pipeline.
         group_m: rows of tiles that run together to share L2; GEMM only.
+        warp_specialize: whether loads and products get warps of their own; rank_r_gemm_tma only.
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    warp_specialize: bool = False
 
     def r_tile(self, r: int) -> int:
         """Tile of the rank for rank `r`: a power of two from MIN_R_TILE to block_r."""

@@ -83,24 +83,29 @@ def checked_addresses() -> Iterator[None]:
     allowed = np.empty(0, dtype=np.int64)
 
     def check(kind: str, pointers: Any, mask: Any) -> None:
-        touched = np.broadcast_to(pointers.data, mask.data.shape)[mask.data].astype(np.int64)
+        # A mask and a scalar condition make a mask of integers, which would index instead of select.
+        kept = mask.data.astype(bool)
+        touched = np.broadcast_to(pointers.data, kept.shape)[kept].astype(np.int64)
         stray = touched[~np.isin(touched, allowed)]
         if stray.size:
             raise OutOfBoundsError(
                 f"{kind} of {stray.size} elements outside the arguments, first at {stray[0]:#x}"
             )
 
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
         check("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **keywords)
 
-    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
         check("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **keywords)
 
     def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
         nonlocal allowed
-        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)]
+        values = [*arguments, *keywords.values()]
+        values += [entry for value in values if isinstance(value, tuple) for entry in value]
+        values += [value.base for value in values if hasattr(value, "block_shape")]  # a descriptor's tensor
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         allowed = np.unique(np.concatenate([element_addresses(tensor) for tensor in tensors]))
         return call(self, *arguments, **keywords)
 

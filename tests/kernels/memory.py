@@ -48,7 +48,7 @@ def guarded_outputs() -> Iterator[None]:
             (2 * guard_bytes + size_bytes,), GUARD_BYTE, dtype=torch.uint8, device=like.device
         )
         inner = buffer[guard_bytes : guard_bytes + size_bytes].view(dtype).view(shape)
-        inner.fill_(float("nan"))
+        inner.fill_(float("nan") if dtype.is_floating_point else 0x5A)
         buffers.append((buffer, guard_bytes))
         return inner
 

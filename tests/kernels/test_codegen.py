@@ -1,6 +1,7 @@
 """The code-generation check itself, on a telling subset; `python -m bench codegen` does all of it.
 
-sm_90 in the quick selection: every kernel, both GEMM directions, with and without dropout.
+sm_90 in the quick selection of one family: every kernel of it, both GEMM directions, with and without
+dropout.
 """
 
 from __future__ import annotations
@@ -8,23 +9,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import codegen
+from bench.codegen import machine_code, recording
+from bench.codegen.families import FAMILIES
+from bench.codegen.family import Kernel
+from bench.codegen.loops import Step, natural_loops
+from bench.codegen.machine_code import Measured, Mix, faults
+from bench.codegen.specialised import Launch
+from bench.codegen.targets import TARGETS
+from fastpeft_kernels import configs
 
 ROOT = Path(__file__).parents[2]
 
 PLANT = """
 import sys
-from bench import codegen
+from dataclasses import replace
+from bench.codegen import main
+from bench.codegen.families import lora
 from fastpeft_kernels import configs
 if __name__ == "__main__":
     row = configs.KernelConfig({row}, block_r=64, num_warps=4)
-    configs.TABLES["sm_90"][configs.{kernel}] = (row,)
-    codegen.cases = lambda quick: [codegen.Case()]
-    sys.exit(codegen.main(["--target", "sm_90", "--quick", "--kernel", "{module}"]))
+    configs.TABLES["sm_90"]["{key}"] = (row,)
+    family = replace(lora.FAMILY, cases=lambda target: lora.layer_cases(lora.Layer(default=True)))
+    main.FAMILIES = (family,)
+    sys.exit(main.main(["--target", "sm_90", "--quick", "--family", "lora", "--kernel", "{key}"]))
 """
 
 
@@ -38,43 +50,49 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_quick_selection_is_clean() -> None:
-    done = run("-m", "bench.codegen", "--target", "sm_90", "--quick")
+    done = run("-m", "bench.codegen", "--target", "sm_90", "--quick", "--family", "lora")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 faults" in done.stdout
     assert "HGMMA" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("module", "kernel", "row", "fault"),
+    ("key", "row", "fault"),
     [
-        ("rank_r_gemm", "RANK_R_GEMM", "block_m=128, block_n=256, block_k=64, num_stages=3", "spills"),
-        ("grad_a", "GRAD_A", "block_m=64, block_n=128, num_stages=20", "shared memory"),
+        ("rank_r_gemm", "block_m=128, block_n=256, block_k=64, num_stages=3", "spills"),
+        ("grad_a", "block_m=64, block_n=128, num_stages=20", "shared memory"),
     ],
     ids=["spill", "shared-memory"],
 )
-def test_planted_fault_is_found(module: str, kernel: str, row: str, fault: str, tmp_path: Path) -> None:
+def test_planted_fault_is_found(key: str, row: str, fault: str, tmp_path: Path) -> None:
     """A 128x256 accumulator over 4 warps cannot stay in registers; 20 stages cannot stay in 227 KiB."""
     script = tmp_path / "plant.py"
-    script.write_text(PLANT.format(module=module, kernel=kernel, row=row))
+    script.write_text(PLANT.format(key=key, row=row))
     done = run(str(script))
     assert done.returncode == 1, done.stdout + done.stderr
     assert fault in done.stdout
 
 
-def test_what_counts_as_a_fault() -> None:
-    item = codegen.Launch(
-        target="sm_90",
-        module="rank_r_gemm",
-        kernel="",
+def launch(target: str = "sm_90", **changes: object) -> Launch:
+    item = Launch(
+        target=target,
+        kernel=Kernel(module="rank_r_gemm", function="rank_r_gemm_kernel", gemm=True),
         note="",
-        tensor_cores=True,
+        dtype="bf16",
+        aligned=True,
         signature=(),
         constants=(),
         attributes=(),
         options=(("num_warps", 4),),
     )
-    good = {"registers": 255, "shared": 232448, "tensor_core": {"HGMMA": 1}}
-    assert codegen.faults(item, codegen.Measured(**good)) == []
+    return replace(item, **changes)  # type: ignore[arg-type]
+
+
+GOOD = Measured(registers=255, shared=232448, tensor_core={"HGMMA": 1}, loop=Mix(total=9, wide_loads=1))
+
+
+def test_what_counts_as_a_fault() -> None:
+    assert faults(launch(), GOOD) == []
     for bad in (
         {"spill_stores": 4},
         {"spill_loads": 4},
@@ -82,6 +100,94 @@ def test_what_counts_as_a_fault() -> None:
         {"shared": 232449},
         {"tensor_memory": 513},
         {"tensor_core": {}},
+        {"tensor_core": {"HMMA": 1}},
+        {"loop": Mix(total=9, other_loads=1)},
+        {"loop": Mix(total=9, wide_loads=1, other_loads=3)},
         {"error": "ptxas failed"},
     ):
-        assert codegen.faults(item, codegen.Measured(**(good | bad))), bad
+        assert faults(launch(), replace(GOOD, **bad)), bad
+
+
+def test_what_does_not_count_as_a_fault() -> None:
+    narrow = replace(GOOD, loop=Mix(total=9, other_loads=1))
+    assert faults(launch(aligned=False), narrow) == []
+    assert faults(launch(kernel=replace(launch().kernel, streams=False)), narrow) == []
+    assert faults(launch(dtype="fp32"), replace(narrow, tensor_core={})) == []
+    assert faults(launch("sm_80"), replace(GOOD, shared=0, tensor_core={"HMMA": 1})) == []
+    small = replace(launch().kernel, gemm=False)
+    assert faults(launch(kernel=small), replace(GOOD, tensor_core={"HMMA": 1})) == []
+    assert faults(launch("sm_100"), GOOD)
+
+
+def test_families_claim_every_key_and_name_no_kernel_twice() -> None:
+    assert recording.unclaimed() == []
+    names = [kernel.name for family in FAMILIES for kernel in family.kernels]
+    assert len(names) == len(set(names))
+    assert set(TARGETS) | {"fp32", "unaligned", "interpreter"} == set(configs.TABLES)
+
+
+def test_rows_count_as_reached_when_their_warps_are_read() -> None:
+    found = recording.Recorded()
+    rows = recording.watched_tables(("sm_90",), found)["sm_90"]["grad_a"]
+    assert rows[1].r_tile(8) == 16
+    assert rows[1].block_m
+    assert not found.rows
+    assert rows[1].num_warps == configs.TABLES["sm_90"]["grad_a"][1].num_warps
+    assert found.rows == {("sm_90", "grad_a", 1)}
+
+
+def test_a_loop_is_not_every_jump_backwards() -> None:
+    """3 jumps back to 1: a loop. 6 lies behind the end, spins on itself and jumps back into the loop."""
+    steps = [
+        Step("setup"),
+        Step("head"),
+        Step("wait", jump=6),
+        Step("mma", jump=1),
+        Step("store"),
+        Step("EXIT", falls_through=False),
+        Step("TRYWAIT", jump=6),
+        Step("BRA", jump=3, falls_through=False),
+    ]
+    loops = {frozenset(steps[place].name for place in body) for body in natural_loops(steps)}
+    assert loops == {frozenset({"TRYWAIT"}), frozenset({"head", "wait", "mma", "TRYWAIT", "BRA"})}
+
+
+SASS = """
+ REG:40 STACK:0 SHARED:0
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64], P5 ;
+        /*0020*/                   LDGDEPBAR ;
+        /*0030*/             @!PT LDS RZ, [RZ] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/              @P0 BRA 0x10 ;
+        /*0060*/                   STL.64 [R1], R2 ;
+        /*0070*/                   LDG.E.U16 R2, desc[UR4][R2.64] ;
+        /*0080*/                   LDS.128 R2, [R2] ;
+        /*0090*/                   EXIT ;
+"""
+
+AMDGCN = """
+	s_load_b64 s[0:1], s[0:1], 0x0
+.LBB0_1:
+	buffer_load_b128 v[0:3], v4, s[0:3], 0 offen
+	buffer_load_u16 v5, v4, s[0:3], 0 offen
+	ds_load_b128 v[0:3], v4
+	v_wmma_f32_16x16x16_bf16 v[0:7], v[8:15], v[16:23], v[0:7]
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+	.section .rodata
+    .vgpr_count:     24
+    .vgpr_spill_count: 2
+"""
+
+
+def test_reading_machine_code() -> None:
+    measured = Measured()
+    machine_code.read_sass(SASS, measured)
+    assert (measured.registers, measured.spill_stores, measured.tensor_core) == (40, 8, {"HMMA": 1})
+    assert measured.loop == Mix(total=4, tensor_core=1, wide_loads=1)
+    assert measured.whole == Mix(total=9, tensor_core=1, wide_loads=1, other_loads=1, shared_loads=1)
+    measured = Measured()
+    machine_code.read_amdgcn(AMDGCN, measured)
+    assert (measured.registers, measured.spill_stores, measured.tensor_core) == (24, 8, {"v_wmma": 1})
+    assert measured.loop == Mix(total=5, tensor_core=1, wide_loads=1, other_loads=1, shared_loads=1)

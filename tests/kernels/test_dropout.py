@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fastpeft_kernels import lora_backward, lora_forward
+from fastpeft_kernels.down_projection import down_projection
+from fastpeft_kernels.dropout import packed_like
 from tests.kernels.reference import Problem, evaluate, make_problem
 from tests.tolerance import assert_within_rule
 
@@ -81,6 +83,16 @@ def test_mask_does_not_depend_on_rows_beside_it(device: torch.device) -> None:
     """Row i has one mask whatever M is, so a microbatch cut from the front of a batch sees the same one."""
     seed = seed_of(5, device)
     assert torch.equal(recover_mask(40, 50, 0.5, seed)[:13], recover_mask(13, 50, 0.5, seed))
+
+
+def test_packed_mask_is_the_mask(device: torch.device) -> None:
+    """What the forward hands to its GEMM under DoRA's dropout, bit j of a byte being column 4 g + j."""
+    seed = seed_of(5, device)
+    x = torch.ones(37, 50, device=device)
+    packed = packed_like(x)
+    down_projection(x, x[:5], 1.0, 0.3, seed, packed=packed)
+    bits = (packed[:37, :13, None] >> torch.arange(4, device=device)) & 1
+    assert torch.equal(bits.reshape(37, 52)[:, :50].bool(), recover_mask(37, 50, 0.3, seed))
 
 
 def test_seed_decides(device: torch.device) -> None:

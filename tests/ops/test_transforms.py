@@ -37,3 +37,17 @@ def test_grad_vmap_and_jvp(dora):
     torch.testing.assert_close(per_sample(x[:, None], lora_A, lora_B).sum(0), expected[2])
     _, forward_mode = torch.func.jvp(lambda x: loss(x, lora_A, lora_B), (x,), (x,))
     torch.testing.assert_close(forward_mode, (expected[0] * x).sum())
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_compiled_graph_holds_the_op(dora):
+    call, *tensors = layer(dora)
+    targets: list[str] = []
+
+    def backend(graph, example_inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), call(*tensors))
+    assert any(f"fastpeft.{'dora' if dora else 'lora'}_linear" in target for target in targets), targets

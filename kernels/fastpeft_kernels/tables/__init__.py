@@ -8,14 +8,17 @@ tile to the smallest; rows of the others from the smallest rank tile to the larg
 from __future__ import annotations
 
 from ..tile import Table
-from . import fp32, gfx942, interpreter, sm_80, sm_86, sm_90, sm_100, unaligned
+from . import fp32, gfx942, gfx1100, interpreter, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, unaligned
 
 TABLES: dict[str, Table] = {
     "sm_80": sm_80.TABLE,
     "sm_86": sm_86.TABLE,
+    "sm_89": sm_89.TABLE,
     "sm_90": sm_90.TABLE,
     "sm_100": sm_100.TABLE,
+    "sm_120": sm_120.TABLE,
     "gfx942": gfx942.TABLE,
+    "gfx1100": gfx1100.TABLE,
     "fp32": fp32.TABLE,
     "unaligned": unaligned.TABLE,
     "interpreter": interpreter.TABLE,

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from ..kernel_names import RANK_R_GEMM, RANK_R_GEMM_DROPOUT
-from ..tile import Table, gemm
+from ..kernel_names import (
+    DECODE,
+    GLU_BACKWARD,
+    GLU_BACKWARD_DROPOUT,
+    GLU_GEMM,
+    RANK_R_GEMM,
+    RANK_R_GEMM_DROPOUT,
+    SINGLE,
+    SINGLE_NORM,
+    STACKED_DOWN,
+    STACKED_DX,
+    STACKED_DX_DROPOUT,
+    STACKED_GEMM,
+)
+from ..tile import Table, down, gemm
 from . import sm_80
 
 TABLE: Table = {
@@ -14,4 +27,14 @@ TABLE: Table = {
         gemm(64, 64, 64, 64, 4, 3),
     ),
     RANK_R_GEMM_DROPOUT: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    SINGLE: (gemm(128, 128, 32, 64, 8, 2), gemm(64, 128, 32, 64, 8, 3), gemm(64, 64, 32, 64, 4, 3)),
+    SINGLE_NORM: (gemm(128, 128, 32, 64, 8, 2), gemm(64, 64, 32, 64, 4, 3)),
+    DECODE: (gemm(16, 64, 64, 64, 4, 3),),
+    STACKED_DOWN: (down(64, 64, 32, 8, 3), down(32, 32, 64, 8, 3)),
+    STACKED_GEMM: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    STACKED_DX: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    STACKED_DX_DROPOUT: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    GLU_GEMM: (gemm(128, 64, 32, 64, 8, 3), gemm(64, 64, 32, 64, 8, 3)),
+    GLU_BACKWARD: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    GLU_BACKWARD_DROPOUT: (gemm(128, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
 }

@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from ..kernel_names import DOWN_PROJECTION, GRAD_A, GRAD_S_B, RANK_R_GEMM, RANK_R_GEMM_DROPOUT
+from ..kernel_names import (
+    DECODE,
+    DOWN_PROJECTION,
+    EXPAND,
+    GLU_BACKWARD,
+    GLU_BACKWARD_DROPOUT,
+    GLU_GEMM,
+    GRAD_A,
+    GRAD_S_B,
+    GRAD_S_B_DORA,
+    RANK_R_GEMM,
+    RANK_R_GEMM_DORA,
+    RANK_R_GEMM_DORA_BACKWARD,
+    RANK_R_GEMM_DORA_DROPOUT,
+    RANK_R_GEMM_DORA_DROPOUT_BACKWARD,
+    RANK_R_GEMM_DORA_Z,
+    RANK_R_GEMM_DROPOUT,
+    RANK_R_GEMM_TMA,
+    ROW_NORM,
+    SINGLE,
+    SINGLE_NORM,
+    STACKED_DOWN,
+    STACKED_DX,
+    STACKED_DX_DROPOUT,
+    STACKED_GEMM,
+    STACKED_GRAD,
+)
 from ..tile import Table, down, gemm, grad
 
 TABLE: Table = {
@@ -13,7 +39,53 @@ TABLE: Table = {
         gemm(64, 64, 64, 64, 4, 4),
     ),
     RANK_R_GEMM_DROPOUT: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
-    DOWN_PROJECTION: (down(64, 128, 32, 4, 4), down(64, 128, 64, 4, 3), down(64, 64, 128, 8, 3)),
-    GRAD_S_B: (grad(64, 256, 32, 8, 3),),
+    DOWN_PROJECTION: (down(64, 128, 32, 4, 4), down(64, 128, 64, 8, 3), down(64, 64, 128, 8, 3)),
+    GRAD_S_B: (grad(32, 512, 32, 8, 3), grad(64, 256, 64, 8, 3)),
     GRAD_A: (grad(64, 128, 32, 4, 3), grad(64, 128, 64, 8, 3), grad(64, 128, 128, 8, 3)),
+    RANK_R_GEMM_DORA: (
+        gemm(128, 256, 64, 64, 8, 3),
+        gemm(128, 128, 64, 128, 8, 3),
+        gemm(64, 128, 64, 64, 4, 4),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    RANK_R_GEMM_DORA_BACKWARD: (
+        gemm(128, 256, 64, 64, 8, 3),
+        gemm(64, 128, 64, 64, 4, 4),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    RANK_R_GEMM_DORA_DROPOUT: (gemm(128, 64, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
+    GRAD_S_B_DORA: (grad(32, 512, 32, 8, 3), grad(64, 256, 64, 8, 3)),
+    ROW_NORM: (down(32, 128, 64, 8, 3), down(16, 64, 64, 4, 3), down(32, 64, 128, 8, 3)),
+    SINGLE: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    SINGLE_NORM: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    DECODE: (gemm(16, 64, 64, 64, 4, 4),),
+    EXPAND: (gemm(64, 64, 0, 32, 8, 1),),
+    RANK_R_GEMM_DORA_Z: (
+        gemm(128, 128, 64, 128, 8, 3),
+        gemm(64, 128, 64, 64, 4, 4),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    RANK_R_GEMM_DORA_DROPOUT_BACKWARD: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    RANK_R_GEMM_TMA: (gemm(128, 256, 64, 64, 8, 3), gemm(128, 128, 64, 128, 8, 4)),
+    STACKED_DOWN: (down(64, 64, 32, 8, 4), down(64, 64, 64, 8, 3)),
+    STACKED_GEMM: (
+        gemm(128, 256, 64, 64, 8, 3),
+        gemm(128, 128, 64, 128, 8, 3),
+        gemm(64, 128, 64, 64, 4, 4),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    STACKED_DX: (gemm(128, 256, 64, 64, 8, 3), gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    STACKED_DX_DROPOUT: (
+        gemm(128, 256, 64, 64, 8, 3),
+        gemm(128, 128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
+    STACKED_GRAD: (grad(64, 128, 32, 8, 3), grad(64, 64, 64, 8, 3)),
+    GLU_GEMM: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    GLU_BACKWARD: (gemm(128, 256, 64, 64, 8, 3), gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    GLU_BACKWARD_DROPOUT: (
+        gemm(128, 256, 64, 64, 8, 3),
+        gemm(128, 128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 64, 4, 4),
+    ),
 }

@@ -1,0 +1,161 @@
+"""The command line of the code-generation check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from .families import FAMILIES
+from .machine_code import Measured, compile_launch, faults
+from .recording import record, unclaimed, unreached
+from .specialised import Launch
+from .targets import TARGETS
+
+KERNELS = [kernel.name for family in FAMILIES for kernel in family.kernels]
+
+
+def compile_all(launches: Sequence[Launch], workers: int) -> Iterator[tuple[Launch, Measured]]:
+    """Compile in fresh processes, the compiler being single-threaded; in the order in which they finish."""
+    todo = iter(launches)
+    with ExitStack() as stack:
+        # A pool a worker: a compiler that dies takes its process along, and is then known by name.
+        idle = [Worker(stack) for _ in range(workers)]
+        busy: dict[Future[Measured], tuple[Worker, Launch]] = {}
+        while True:
+            while idle and (item := next(todo, None)):
+                worker = idle.pop()
+                busy[worker.submit(item)] = worker, item
+            if not busy:
+                return
+            for done in wait(busy, return_when=FIRST_COMPLETED).done:
+                worker, item = busy.pop(done)
+                if isinstance(done.exception(), BrokenProcessPool):
+                    worker = Worker(stack)
+                    yield item, Measured(error="the compiler process died")
+                else:
+                    yield item, done.result()
+                idle.append(worker)
+
+
+class Worker:
+    """One process that compiles."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.pool = stack.enter_context(pool)
+
+    def submit(self, item: Launch) -> Future[Measured]:
+        return self.pool.submit(compile_launch, item)
+
+
+def widest(launches: Sequence[Launch]) -> list[Launch]:
+    """Of launches that differ in the tile of the rank and in hints only, the first with the widest tile.
+
+    The tile is chosen from the rank at run time, within what a row allows; a narrower one holds less.
+    """
+    chosen: dict[object, Launch] = {}
+    for item in launches:
+        group = item.group()
+        if group not in chosen or item.rank_tile() > chosen[group].rank_tile():
+            chosen[group] = item
+    return list(chosen.values())
+
+
+def row_text(item: Launch, measured: Measured) -> str:
+    limit = TARGETS[item.target].shared_limit
+    cores = " ".join(f"{name}:{count}" for name, count in sorted(measured.tensor_core.items())) or "-"
+    spills = f"{measured.spill_stores}/{measured.spill_loads}"
+    shared = f"{measured.shared}/{limit}"
+    name = f"{item.target:8}{item.kernel.name:16}{item.label():52}"
+    loop = str(measured.loop) if measured.loop.total else "-"
+    return f"{name}{measured.registers:5}{spills:>8}{shared:>15}  {cores:18} {measured.whole!s:28} {loop}"
+
+
+def summary(results: list[tuple[Launch, Measured]]) -> Iterator[str]:
+    """The largest registers and shared memory of each kernel on each target."""
+    for target in TARGETS:
+        for name in KERNELS:
+            found = [m for item, m in results if (item.target, item.kernel.name) == (target, name)]
+            if found:
+                spills = sum(measured.spill_stores + measured.spill_loads for measured in found)
+                yield (
+                    f"{target:8}{name:16}{len(found):4} compiled, at most "
+                    f"{max(m.registers for m in found):3} registers, {max(m.shared for m in found):6} of "
+                    f"{TARGETS[target].shared_limit} bytes shared, {spills} bytes spilled"
+                )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this suite."""
+    result = argparse.ArgumentParser(
+        prog="python -m bench codegen",
+        description="Compile every shipped kernel configuration, without a GPU, and read the machine code.",
+    )
+    families = [family.name for family in FAMILIES]
+    result.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default all")
+    result.add_argument("--family", action="append", choices=families, help="repeatable; default all")
+    result.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; default all")
+    result.add_argument("--quick", action="store_true", help="default cases only: what CI compiles")
+    result.add_argument("--every", action="store_true", help="narrower tiles of the rank too")
+    result.add_argument("--json", type=Path, metavar="PATH", help="also write every row here")
+    result.add_argument("--workers", type=int, default=2, help="compiler processes (default 2)")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile what the options ask for; 1 if anything is wrong with it."""
+    options = parser().parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        # Kernels decorated for the interpreter cannot be compiled, and they are decorated on import.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        words = [sys.executable, "-m", "bench.codegen", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(words, env=environment, check=False).returncode
+
+    launches: dict[tuple[object, ...], Launch] = {}
+    problems: list[str] = [] if options.family else unclaimed()
+    families = [family for family in FAMILIES if family.name in (options.family or [family.name])]
+    for target in options.target or list(TARGETS):
+        for family in (entry for entry in families if target in entry.targets):
+            found = record(target, family, quick=options.quick)
+            wanted = [item for item in found.launches if item.kernel.name in (options.kernel or KERNELS)]
+            for item in wanted:
+                launches.setdefault(item.identity(), item)
+            problems += unreached(target, family, found, quick=options.quick)
+    targets = list(TARGETS)
+    selected = list(launches.values())
+    if not options.every and not options.quick:
+        selected = widest(selected)
+    ordered = sorted(selected, key=lambda item: (targets.index(item.target), item.kernel.name))
+    print(
+        f"{'target':8}{'kernel':16}{'configuration':52}{'regs':>5}{'spills':>8}{'shared':>15}  "
+        f"{'tensor cores':18} {'whole':28} main loop"
+    )
+    results: list[tuple[Launch, Measured]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        # What is read is compiled now, and nothing stays behind.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for count, (item, measured) in enumerate(compile_all(ordered, options.workers), start=1):
+            results.append((item, measured))
+            wrong = faults(item, measured)
+            problems += [f"{item.target} {item.kernel.name} {item.label()}: {fault}" for fault in wrong]
+            print(f"{row_text(item, measured)}{'  FAULT' if wrong else ''}", flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{count}/{len(ordered)}", end="\r", file=sys.stderr)
+    print(*summary(results), *(f"FAULT {problem}" for problem in problems), sep="\n")
+    print(f"{len(results)} compiled, {len(problems)} faults")
+    if options.json:
+        rows = [{**asdict(item), **asdict(measured), "label": item.label()} for item, measured in results]
+        options.json.write_text(json.dumps(rows, indent=1, default=str))
+    return 1 if problems or not results else 0

@@ -1,0 +1,132 @@
+"""One launch as Triton's JIT would specialise it: what a worker process needs to compile it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .family import Case, Kernel
+from .targets import TARGETS
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "u1",
+}
+
+Path = tuple[int, ...]
+"""Place of an argument, and within it of an entry of a tuple."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One specialised launch: everything `triton.compile` needs, and nothing that cannot be pickled."""
+
+    target: str
+    kernel: Kernel
+    note: str
+    dtype: str
+    aligned: bool
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Path, Any], ...]
+    attributes: tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def identity(self) -> tuple[object, ...]:
+        return self.target, self.kernel, self.signature, self.constants, self.attributes, self.options
+
+    @property
+    def is_16_bit(self) -> bool:
+        return self.dtype in ("bf16", "fp16")
+
+    def named_constants(self) -> dict[str, Any]:
+        """Compile-time arguments by name; those inside a tuple are left out."""
+        names = [name for name, _ in self.signature]
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
+    def rank_tile(self) -> int:
+        """The tile of the rank; 0 in a kernel without one."""
+        return int(self.named_constants().get("BLOCK_R", 0))
+
+    def group(self) -> tuple[object, ...]:
+        """What it has in common with launches that only differ in the rank's tile and in hints."""
+        free = [index for index, (name, _) in enumerate(self.signature) if name in ("BLOCK_R", "R_TILES")]
+        kept = tuple((path, value) for path, value in self.constants if path[0] not in free)
+        return self.target, self.kernel, self.options, self.aligned, self.signature, kept
+
+    def label(self) -> str:
+        """Tile, warps, stages, the case's note and the branches taken."""
+        constants = self.named_constants()
+        blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
+        tile = "x".join(f"{name[6:].lower()}{value}" for name, value in blocks.items())
+        options = dict(self.options)
+        taken = [name for name, value in constants.items() if name.startswith("HAS_") and value]
+        branches = [name[4:].lower() for name in taken]
+        words = [tile, f"w{options['num_warps']}", f"s{options.get('num_stages', '-')}", self.note, *branches]
+        return " ".join(words)
+
+
+def specialise(
+    target: str,
+    case: Case,
+    kernel: Kernel,
+    params: Sequence[Any],
+    bound: dict[str, Any],
+    options: dict[str, Any],
+) -> Launch:
+    """The launch of `kernel` with `bound` arguments; `params` are those of its `triton.jit` function."""
+    constants: list[tuple[Path, Any]] = []
+    attributes: list[tuple[Path, tuple[tuple[str, int], ...]]] = []
+
+    def visit(path: Path, value: Any, constexpr: bool, free: bool) -> Any:
+        if isinstance(value, tuple) and not constexpr:
+            return tuple(visit((*path, index), entry, False, free) for index, entry in enumerate(value))
+        if constexpr or value is None or (type(value) is int and value == 1 and not free):
+            constants.append((path, value))
+            return "constexpr"
+        kind, hints = argument(TARGETS[target].backend, value)
+        if hints and not free:
+            attributes.append((path, hints))
+        return kind
+
+    signature = [
+        (param.name, visit((index,), bound[param.name], param.is_constexpr, param.do_not_specialize))
+        for index, param in enumerate(params)
+    ]
+    return Launch(
+        target=target,
+        kernel=kernel,
+        note=case.note,
+        dtype=TYPES[case.dtype],
+        aligned=case.aligned,
+        signature=tuple(signature),
+        constants=tuple(constants),
+        attributes=tuple(attributes),
+        options=tuple(options.items()),
+    )
+
+
+def argument(backend: str, value: Any) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """Type of an argument in Triton's signature, and the hints its JIT attaches to it."""
+    if isinstance(value, torch.Tensor):
+        hints = [("tt.divisibility", 16)]  # torch's allocator aligns to far more
+        if backend == "hip" and value.untyped_storage().nbytes() < 2**31:
+            hints.append(("tt.pointer_range", 32))
+        return "*" + TYPES[value.dtype], tuple(hints)
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", ()
+    if isinstance(value, bool):
+        return "i1", ()
+    if isinstance(value, float):
+        return "fp32", ()
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, (("tt.divisibility", 16),) if value % 16 == 0 else ()

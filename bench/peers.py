@@ -1,0 +1,62 @@
+"""What other implementations move for one linear layer, as formulas in X, W and Y.
+
+X = 2MK, W = 2NK and Y = 2MN are bytes in 16 bits; terms of the rank are left out (1 to 6 MiB at r = 16).
+None of it is measured here: it is read from each project's sequence of operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formula:
+    """`x X + w W + y Y` bytes in `launches` launches (None where nobody counted them)."""
+
+    name: str
+    x: float
+    w: float
+    y: float
+    launches: int | None = None
+
+    def bytes(self, m: int, n: int, k: int) -> float:
+        """The formula's value for M tokens, N outputs, K inputs."""
+        return 2.0 * (self.x * m * k + self.w * n * k + self.y * m * n)
+
+    def text(self) -> str:
+        """As `2X+W+Y`."""
+        terms = [(self.x, "X"), (self.w, "W"), (self.y, "Y")]
+        return "+".join(f"{'' if count == 1 else f'{count:g}'}{name}" for count, name in terms if count)
+
+
+TARGETS = {
+    ("lora", "forward"): Formula(name="target", x=2, w=1, y=1, launches=2),
+    ("lora", "backward"): Formula(name="target", x=2, w=1, y=2, launches=3),
+    ("dora", "forward"): Formula(name="target", x=2, w=2, y=1, launches=3),
+    ("dora", "forward, norm cached"): Formula(name="target", x=2, w=1, y=1, launches=2),
+    ("dora", "backward"): Formula(name="target", x=2, w=1, y=3, launches=3),
+}
+
+PEERS = {
+    ("lora", "forward"): (
+        Formula(name="one pass (minimum)", x=1, w=1, y=1, launches=1),
+        Formula(name="Unsloth", x=2, w=1, y=3, launches=3),
+        Formula(name="Axolotl", x=2, w=1, y=3, launches=3),
+        Formula(name="PEFT in bf16", x=2, w=1, y=7, launches=5),
+    ),
+    ("lora", "backward"): (
+        Formula(name="Axolotl", x=5, w=1, y=3, launches=6),
+        Formula(name="Unsloth", x=5, w=1, y=4, launches=7),
+        Formula(name="PEFT in bf16", x=6, w=1, y=5, launches=7),
+    ),
+    ("dora", "forward"): (
+        Formula(name="Scaling DoRA", x=2, w=12, y=9, launches=9),
+        Formula(name="PEFT", x=2, w=10, y=14, launches=14),
+    ),
+    ("dora", "forward, norm cached"): (Formula(name="Axolotl", x=4, w=1, y=10, launches=7),),
+    ("dora", "backward"): (),
+}
+
+# Totals in MiB and launches where no formula is written down, at these M, N, K and r in bf16.
+PUBLISHED_AT = (8192, 4096, 4096, 16)
+PUBLISHED = {("dora", "backward"): (("Axolotl", 930, 9), ("Scaling DoRA", 1250, 10), ("PEFT", 1698, 14))}

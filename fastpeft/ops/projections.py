@@ -1,0 +1,104 @@
+"""What the block ops do beside the fused path: checks of the projections, references, single linears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft.errors import ShapeError
+from fastpeft.ops._common import autocast_inputs, check_inputs
+from fastpeft.ops.dora import dora_linear, dora_linear_reference
+from fastpeft.ops.eager import is_transformed
+from fastpeft.ops.kernel_paths import kernels
+from fastpeft.ops.lora import lora_linear, lora_linear_reference
+from fastpeft.ops.row_norm import row_norm, row_norm_squared
+from fastpeft_kernels.projection import Projection
+
+
+def rank(p: Projection) -> int:
+    """Return r, 0 without an adapter."""
+    return 0 if p.lora_A is None else p.lora_A.shape[0]
+
+
+def adapter(p: Projection) -> tuple[Tensor, Tensor]:
+    """Return lora_A and lora_B, of rank 0 without an adapter."""
+    if p.lora_A is None or p.lora_B is None:
+        return p.weight.new_empty(0, p.weight.shape[-1]), p.weight.new_empty(p.weight.shape[0], 0)
+    return p.lora_A, p.lora_B
+
+
+def autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Projection]]:
+    """Cast to autocast's dtype where it is on, as :func:`autocast_inputs` does."""
+    cast = []
+    for p in projections:
+        _, weight, bias = autocast_inputs(x, p.weight, p.bias)
+        if weight.dtype != p.weight.dtype:
+            p = with_norm(p)  # of the weight itself, not of autocast's copy
+        cast.append(replace(p, weight=weight, bias=bias))
+    return autocast_inputs(x, x, None)[0], cast
+
+
+def with_norm(p: Projection, backend: str = "torch") -> Projection:
+    """Return the projection with DoRA's row norm, computed where the caller keeps none."""
+    if p.magnitude is None or p.norm is not None or p.lora_A is None or p.lora_B is None:
+        return p
+    with torch.no_grad():
+        if backend == "triton":
+            norm = kernels().row_norm(p.weight, p.lora_A, p.lora_B, p.scaling)
+        else:
+            norm = row_norm(p.weight, p.lora_A, p.lora_B, p.scaling, row_norm_squared(p.weight))
+    return replace(p, norm=norm)
+
+
+def check(what: str, x: Tensor, p: Projection) -> None:
+    """Raise one ShapeError that names the projection and what does not fit."""
+    if (p.lora_A is None) != (p.lora_B is None):
+        raise ShapeError(f"{what}: expected both lora_A and lora_B or neither, got one of them")
+    check_inputs(what, x, p.weight, p.bias, *adapter(p))
+    if p.magnitude is not None and p.lora_A is None:
+        raise ShapeError(f"{what}: expected lora_A and lora_B beside a magnitude, got none")
+    for name, vector in (("magnitude", p.magnitude), ("norm", p.norm)):
+        if vector is not None and vector.shape != p.weight.shape[:1]:
+            raise ShapeError(f"{what}: expected {name} [{p.weight.shape[0]}], got {list(vector.shape)}")
+
+
+def needs_plain_autograd(projections: Sequence[Projection]) -> bool:
+    """Whether a base weight wants a gradient, or ``torch.func`` is at work: neither is the fused ops'."""
+    return is_transformed() or (torch.is_grad_enabled() and any(p.weight.requires_grad for p in projections))
+
+
+def dropout_moves_base(projections: Sequence[Projection], dropout_p: float, on_base: bool) -> bool:
+    """Whether dropout reaches a base product, as PEFT's does in DoRA; the fused ops leave that to singles."""
+    return on_base and dropout_p > 0.0 and any(p.magnitude is not None for p in projections)
+
+
+def draw_mask(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Return a dropout mask for the plain autograd path, None without dropout."""
+    return None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+
+
+def linear(x: Tensor, p: Projection, dropout_p: float) -> Tensor:
+    """Return one projection of x by the op for a single linear."""
+    if p.lora_A is None or p.lora_B is None:
+        return F.linear(x, p.weight, p.bias)
+    base = (x, p.weight, p.bias, p.lora_A, p.lora_B)
+    if p.magnitude is None:
+        return lora_linear(*base, scaling=p.scaling, dropout_p=dropout_p)
+    return dora_linear(*base, p.magnitude, scaling=p.scaling, dropout_p=dropout_p, norm=p.norm)
+
+
+def linear_reference(
+    x: Tensor, p: Projection, mask: Tensor | None = None, dropout_on_base: bool = True
+) -> Tensor:
+    """The formula of one projection, in whatever dtype x has; ``mask`` holds 0 or 1/(1-p)."""
+    if p.lora_A is None or p.lora_B is None:
+        return F.linear(x, p.weight, p.bias)
+    A, B = p.lora_A.to(x.dtype), p.lora_B.to(x.dtype)
+    if p.magnitude is None:
+        return lora_linear_reference(x, p.weight, p.bias, A, B, p.scaling, mask)
+    m = p.magnitude.to(x.dtype)
+    return dora_linear_reference(x, p.weight, p.bias, A, B, m, p.scaling, mask, dropout_on_base)

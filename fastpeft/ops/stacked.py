@@ -1,0 +1,277 @@
+"""Linears that share their input (q/k/v, gate/up) as one op: x is read once for all adapters, and kept once.
+
+For projection i, with or without an adapter, LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024)::
+
+    S = drop(x) [A_1; A_2; ..]^T      S_i = its columns of A_i      n_i = ||W_i + s_i B_i A_i||_row
+    y_i = x W_i^T + s_i S_i B_i^T + bias_i                           LoRA
+    y_i = c_i * (x W_i^T + s_i S_i B_i^T) + bias_i                   DoRA, c_i = m_i / n_i, detached
+
+Backward, with ``g_i = c_i * dY_i`` (``dY_i`` for LoRA) and ``z_i = x W_i^T + s_i S_i B_i^T``::
+
+    dS_i = s_i g_i B_i      dB_i = s_i g_i^T S_i      [dA_1; dA_2; ..] = dS^T drop(x)
+    dx = sum_i g_i W_i + mask * (dS [A_1; A_2; ..])
+    dm_i = colsum(dY_i * z_i) / n_i                   dbias_i = colsum(dY_i)
+
+Saved for backward: ``S [tokens, sum of r]``, references to x (where any lora_A trains) and to the parameters,
+and for DoRA the row norms and, where a magnitude trains, one [tokens, out_features] tensor: y_i, or z_i where
+there is a bias or the dtype is fp16 (:mod:`fastpeft.ops.dora` says why).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft import backend as backends
+from fastpeft.errors import ShapeError
+from fastpeft.ops import block_kernels, packed, stacked_torch
+from fastpeft.ops import projections as linears
+from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
+from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.eager import runs_eagerly
+from fastpeft_kernels.projection import Projection
+
+
+def stacked_linear_reference(
+    x: Tensor,
+    projections: Sequence[Projection],
+    masks: Sequence[Tensor | None] | None = None,
+    dropout_on_base: bool = True,
+) -> tuple[Tensor, ...]:
+    """Each projection by its own formula, in whatever dtype x has; masks hold 0 or 1/(1-p)."""
+    masks = [None] * len(projections) if masks is None else masks
+    return tuple(
+        linears.linear_reference(x, p, mask, dropout_on_base)
+        for p, mask in zip(projections, masks, strict=True)
+    )
+
+
+def stacked_linear(
+    x: Tensor, projections: Sequence[Projection], *, dropout_p: float = 0.0, dropout_on_base: bool = True
+) -> tuple[Tensor, ...]:
+    """Several linears of one x as one differentiable op.
+
+    Args:
+        x: ``[..., in_features]``, any strides, zero tokens allowed.
+        projections: one or more, each with or without an adapter, LoRA or DoRA, of any out_features and rank.
+            A weight is ``[out_features, in_features]`` of any strides in x's dtype; adapters are in x's dtype
+            or fp32; DoRA's norm is computed where it is None.
+        dropout_p: probability of zeroing an element of x on its way to a lora_A; every projection draws its
+            own mask. 0 outside training.
+        dropout_on_base: whether DoRA's base product drops its input too, as in PEFT. With dropout and DoRA,
+            that is computed by the ops for single linears, not by this one: the same results, unfused.
+
+    Returns:
+        ``[..., out_features]`` of each projection, in x's dtype (in autocast's, where that is on). DoRA's is
+        kept for backward where it has no bias, so autograd refuses to have it changed in place.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit together; it says in which projection.
+        BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
+    """
+    if not projections:
+        raise ShapeError("stacked_linear: expected at least one projection, got none")
+    x, projections = linears.autocast(x, projections)
+    for i, p in enumerate(projections):
+        linears.check(f"stacked_linear, projection {i}", x, p)
+    if linears.needs_plain_autograd(projections):
+        # The op has no gradient for W (its point is a frozen base), plain autograd has.
+        masks = [linears.draw_mask(x, dropout_p) for _ in projections]
+        return stacked_linear_reference(x, projections, masks, dropout_on_base)
+    if linears.dropout_moves_base(projections, dropout_p, dropout_on_base):
+        return tuple(linears.linear(x, p, dropout_p) for p in projections)
+    backend = backends.resolve(x, op="stacked_linear")
+    most = block_kernels.MAX_PROJECTIONS
+    if backend == "triton" and len(projections) > most:
+        first = stacked_linear(x, projections[:most], dropout_p=dropout_p, dropout_on_base=dropout_on_base)
+        return first + stacked_linear(
+            x, projections[most:], dropout_p=dropout_p, dropout_on_base=dropout_on_base
+        )
+    seeds = draw_seed(x, dropout_p, backend, len(projections))
+    tensors, layout, scalings = packed.pack(projections)
+    if runs_eagerly(x):
+        return _StackedLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
+            layout, scalings, dropout_p, seeds, backend, x, *tensors
+        )
+    outputs: list[Tensor] = torch.ops.fastpeft.stacked_linear(
+        x, tensors, layout, scalings, dropout_p, seeds, backend
+    )
+    return tuple(outputs[: len(projections)])
+
+
+@without_autocast
+def _forward(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: list[int],
+    scalings: list[float],
+    dropout_p: float,
+    seeds: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """Return the ys, S, the norms that were not given and the zs that are kept, in that order."""
+    given = packed.unpack(tensors, layout, scalings)
+    projections = [linears.with_norm(p, backend) for p in given]
+    forward = block_kernels.stacked_forward if backend == "triton" else stacked_torch.forward
+    result = forward(flatten_tokens(x), projections, dropout_p, seeds, packed.keep_z(layout))
+    norms = packed.missing_norms(given, projections)
+    zs = [z for z in result.zs if z is not None]
+    return [*(unflatten_tokens(y, x.shape) for y in result.ys), result.S, *norms, *zs]
+
+
+@without_autocast
+def _gradients(
+    S: Tensor,
+    dys: list[Tensor],
+    x: Tensor | None,
+    tensors: list[Tensor],
+    layout: list[int],
+    scalings: list[float],
+    kept: list[Tensor | None],
+    dropout_p: float,
+    seeds: Tensor | None,
+    backend: str,
+    need: list[bool],
+) -> list[Tensor]:
+    """Return the gradients that ``need`` (:func:`packed.needed`) asks for, in its order.
+
+    ``kept`` is, per projection, z where ``layout`` says so, else y, or None where no dm is wanted.
+    """
+    backward = block_kernels.stacked_backward if backend == "triton" else stacked_torch.backward
+    dx, gradients = backward(
+        [flatten_tokens(dy) for dy in dys],
+        None if x is None else flatten_tokens(x),
+        packed.unpack(tensors, layout, scalings),
+        S,
+        [None if k is None else flatten_tokens(k) for k in kept],
+        packed.keep_z(layout),
+        dropout_p,
+        seeds,
+        packed.needs_of(need),
+    )
+    result = [] if dx is None else [unflatten_tokens(dx, dys[0].shape)]
+    for g in gradients:
+        result += g.given()
+    return result
+
+
+_stacked_linear = torch.library.custom_op("fastpeft::stacked_linear", _forward, mutates_args=())
+_stacked_linear_backward = torch.library.custom_op(
+    "fastpeft::stacked_linear_backward", _gradients, mutates_args=()
+)
+
+
+@_stacked_linear.register_fake
+def _(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: list[int],
+    scalings: list[float],
+    dropout_p: float,
+    seeds: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    projections = packed.unpack(tensors, layout, scalings)
+    tokens = math.prod(x.shape[:-1])
+    return [
+        *(x.new_empty(*x.shape[:-1], p.weight.shape[0]) for p in projections),
+        x.new_empty(tokens, sum(linears.rank(p) for p in projections)),
+        *packed.fake_norms_and_zs(tokens, projections, layout),
+    ]
+
+
+@_stacked_linear_backward.register_fake
+def _(
+    S: Tensor,
+    dys: list[Tensor],
+    x: Tensor | None,
+    tensors: list[Tensor],
+    layout: list[int],
+    scalings: list[float],
+    kept: list[Tensor | None],
+    dropout_p: float,
+    seeds: Tensor | None,
+    backend: str,
+    need: list[bool],
+) -> list[Tensor]:
+    projections = packed.unpack(tensors, layout, scalings)
+    in_features = projections[0].weight.shape[1]
+    dx = [dys[0].new_empty(*dys[0].shape[:-1], in_features)] if need[0] else []
+    return dx + packed.fake_gradients(projections, need)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, tensors, layout, scalings, dropout_p, seeds, backend = inputs
+    ys, S, rest = output[: len(layout)], output[len(layout)], iter(output[len(layout) + 1 :])
+    need = packed.needed(x, tensors, layout)
+    needs = packed.needs_of(need)
+    tensors, complete = packed.add_norms(tensors, layout, rest)
+    zs = [next(rest) if z_is_kept else None for z_is_kept in packed.keep_z(layout)]
+    kept = [(y if z is None else z) if n.dot else None for y, z, n in zip(ys, zs, needs, strict=True)]
+    ctx.save_for_backward(S, x if any(n.A for n in needs) else None, seeds, *kept, *tensors)
+    ctx.set_materialize_grads(False)
+    ctx.options = (need, layout, complete, scalings, dropout_p, backend)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[len(inputs[2]) :])
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return dx and, as a list, the gradients of the packed tensors, then None for everything else."""
+    need, layout, complete, scalings, dropout_p, backend = ctx.options
+    S, x, seeds, *rest = ctx.saved_tensors
+    kept, tensors = rest[: len(layout)], rest[len(layout) :]
+    dys = _filled(grads[: len(layout)], packed.unpack(tensors, complete, scalings))
+    if dys is None:
+        return None, packed.no_gradients(layout), None, None, None, None, None
+    gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.stacked_linear_backward
+    gradients = gradients_of(S, dys, x, tensors, complete, scalings, kept, dropout_p, seeds, backend, need)
+    dx, placed = packed.in_places(gradients, need, layout)
+    return dx, placed, None, None, None, None, None
+
+
+def _filled(grads: Sequence[Tensor | None], projections: Sequence[Projection]) -> list[Tensor] | None:
+    """Return every y's gradient, zeros for a y that the loss does not reach; None if it reaches none."""
+    like = next((g for g in grads if g is not None), None)
+    if like is None:
+        return None
+    return [
+        like.new_zeros(*like.shape[:-1], p.weight.shape[0]) if g is None else g
+        for g, p in zip(grads, projections, strict=True)
+    ]
+
+
+_stacked_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _StackedLinear(torch.autograd.Function):
+    """``fastpeft::stacked_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: list[int],
+        scalings: list[float],
+        dropout_p: float,
+        seeds: Tensor | None,
+        backend: str,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs = (x, list(tensors), layout, scalings, dropout_p, seeds, backend)
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return tuple(output[: len(layout)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx, placed, *_ = _backward(ctx, grads)
+        return None, None, None, None, None, dx, *placed

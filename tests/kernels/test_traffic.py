@@ -1,0 +1,118 @@
+"""The traffic counter counts what it says, and the limits stop a pass that moves more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as bench_cli
+from bench import traffic
+from bench.launch_traffic import counted, distinct_bytes
+from bench.peers import PEERS, PUBLISHED, TARGETS
+from bench.single import Shape
+from fastpeft_kernels import configs, lora
+from fastpeft_kernels.tile import down, gemm, grad
+
+SHAPE = Shape(M=256, K=128, N=384)
+
+# Tiles that divide the shape: every count can be done by hand.
+ROWS = {
+    configs.RANK_R_GEMM: (gemm(64, 128, 64, 16, 4, 1),),
+    configs.DOWN_PROJECTION: (down(64, 64, 16, 4, 1),),
+    configs.GRAD_S_B: (grad(64, 128, 16, 4, 1),),
+    configs.GRAD_A: (grad(64, 64, 16, 4, 1),),
+}
+
+
+@pytest.fixture(autouse=True)
+def _known_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, rows in ROWS.items():
+        monkeypatch.setitem(configs.TABLES["sm_90"], key, rows)
+
+
+def wide(*dims: int) -> torch.Tensor:
+    return torch.empty(dims, dtype=torch.bfloat16)
+
+
+def test_lora_forward_by_hand() -> None:
+    m, k, n, r = SHAPE.M, SHAPE.K, SHAPE.N, 16
+    with counted("sm_90", units=4) as launches:
+        lora.lora_forward(wide(m, k), wide(n, k), None, wide(r, k), wide(n, r), 2.0)
+    down_launch, gemm_launch = launches
+    assert down_launch.kernel == "down_projection"
+    assert down_launch.programs == 4
+    # Four row tiles: x once, A four times; products of 2 m k r FLOPs; S [m, r] out.
+    assert (down_launch.loaded, down_launch.stored) == (2 * (m * k + 4 * r * k), 2 * m * r)
+    assert down_launch.flops == 2 * m * k * r
+    assert down_launch.compulsory == 2 * (m * k + r * k + m * r)
+    # Four by three tiles of 64x128: x and S once a column of tiles, W and B once a row of them.
+    assert gemm_launch.programs == 12
+    assert gemm_launch.loaded == 2 * (3 * m * k + 4 * n * k + 3 * m * r + 4 * n * r)
+    assert gemm_launch.stored == 2 * m * n
+    assert gemm_launch.flops == 2 * m * n * (k + r)
+    assert gemm_launch.compulsory == 2 * (m * k + n * k + m * r + n * r + m * n)
+
+
+def test_a_split_reduction_is_counted_once() -> None:
+    """dA over 256 rows in 4 splits: fp32 partials go out once and come back once, dA goes out once."""
+    m, k, r = SHAPE.M, SHAPE.K, 16
+    from fastpeft_kernels.grad_a import grad_a
+
+    with counted("sm_90", units=8) as launches:
+        grad_a(wide(8 * m, k), wide(8 * m, r), 1.0, dtype=torch.bfloat16)
+    (item,) = launches
+    splits = item.programs // 2
+    assert splits > 1
+    assert item.loaded == 2 * (8 * m * k + 2 * 8 * m * r) + 4 * splits * r * k
+    assert item.stored == 4 * splits * r * k + 2 * r * k
+
+
+def test_distinct_bytes_of_an_expanded_tensor() -> None:
+    assert distinct_bytes(torch.empty(3, 5)) == 60
+    assert distinct_bytes(torch.empty(1, 5).expand(3, 5)) == 20
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_passes_meet_their_limits(dropout: float) -> None:
+    layer = traffic.Layer(shape=SHAPE, rank=16, dropout=dropout)
+    rows = list(traffic.measure(layer, "sm_90"))
+    assert [(row["method"], row["pass"]) for row in rows] == list(TARGETS)
+    assert [problem for row in rows for problem in traffic.problems(layer, row)] == []
+
+
+def test_limits_stop_more_launches_and_more_bytes() -> None:
+    layer = traffic.Layer(shape=SHAPE, rank=16, dropout=0.0)
+    row = next(traffic.measure(layer, "sm_90"))
+    wide_bytes = 2 * (2 * SHAPE.M * SHAPE.K + SHAPE.N * SHAPE.K + SHAPE.M * SHAPE.N)
+    assert row["compulsory_wide"] == wide_bytes
+    assert list(traffic.problems(layer, row)) == []
+    assert list(traffic.problems(layer, {**row, "compulsory_wide": wide_bytes + 1}))
+    assert list(traffic.problems(layer, {**row, "launches": [None] * 3}))
+
+
+def test_formulas_are_those_of_the_published_table() -> None:
+    """MiB at 8192x4096x4096 less the rank's terms, as modelled for LoRA's and DoRA's implementations."""
+    mib = 2**20
+    whole = {
+        key: {peer.name: peer.bytes(8192, 4096, 4096) / mib for peer in peers} for key, peers in PEERS.items()
+    }
+    assert whole["lora", "forward"]["PEFT in bf16"] == 608
+    assert whole["lora", "backward"] == {"Axolotl": 544, "Unsloth": 608, "PEFT in bf16": 736}
+    assert whole["dora", "forward"] == {"Scaling DoRA": 1088, "PEFT": 1344}
+    assert whole["dora", "forward, norm cached"] == {"Axolotl": 928}
+    assert TARGETS["dora", "backward"].text() == "2X+W+3Y"
+    assert set(PUBLISHED) <= set(PEERS) == set(TARGETS)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "traffic.json"
+    words = ["traffic", "--shape", "256x128x384", "--ranks", "16"]
+    assert bench_cli.main([*words, "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "2X+W+3Y" in out
+    document = json.loads(target.read_text())
+    assert document["command"] == "python -m bench " + " ".join(words)
+    assert len(document["results"]) == 5

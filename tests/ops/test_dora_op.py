@@ -230,6 +230,17 @@ def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
         assert ours_error <= 1.5 * rounding, f"spread {spread}: {ours_error:.2e} against {rounding:.2e}"
 
 
+def test_scale_features_far_from_one_leaves_the_other_features_bits():
+    y, c = torch.randn(300, 40).bfloat16(), 1 + 0.1 * torch.rand(40)
+    near = scale_features(y, c)
+    c[[3, 17]] = torch.tensor([0.0, -7.0])
+    for out in (None, y.clone()):
+        mixed = scale_features(y if out is None else out, c, out=out)
+        others = [i for i in range(40) if i not in (3, 17)]
+        assert torch.equal(mixed[:, others], near[:, others])
+        assert torch.equal(mixed[:, [3, 17]], (y[:, [3, 17]].float() * c[[3, 17]]).bfloat16())
+
+
 def test_opcheck_and_compile():
     for bias in (True, False):
         arguments = leaves(problem((2, 3), 16, 16, 2, torch.float32, bias=bias))

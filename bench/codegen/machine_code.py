@@ -142,9 +142,10 @@ def read_amdgcn(text: str, measured: Measured) -> None:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    # vgpr_count counts accumulation registers too; spills are counted in registers, 4 bytes a lane each.
+    # vgpr_count counts accumulation registers too; spills are counted in registers, 4 bytes a lane each. Scalar
+    # registers are parked in lanes of a vector register (v_writelane): no memory, unless a stack says so.
     measured.registers = metadata("vgpr_count")
-    measured.spill_stores = 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count"))
+    measured.spill_stores = 4 * metadata("vgpr_spill_count")
     measured.stack = metadata("private_segment_fixed_size")
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}

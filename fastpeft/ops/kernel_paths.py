@@ -1,9 +1,9 @@
 """The Triton backend's paths through a linear's forward and LoRA's backward, and which of them runs.
 
-``split`` runs the kernels split at S; ``single`` one kernel, for a small rank; ``aten`` the vendor's GEMM and
-a fused expand-and-scale kernel; ``decode`` one kernel for up to 16 tokens without gradients.
-:mod:`fastpeft.choice` measures on a GPU; where nothing is measured, a model of the launches decides between
-``single`` and ``split``.
+``split`` runs the kernels split at S; ``tma`` the same with TMA loads (sm_90, sm_100); ``single`` one kernel,
+for a small rank; ``aten`` the vendor's GEMM and a fused expand-and-scale kernel; ``decode`` one kernel for up
+to 16 tokens without gradients. :mod:`fastpeft.choice` measures on a GPU; where nothing is measured, a model of
+the launches decides between ``single`` and ``split``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def lora_forward(
     """Return y [tokens, out_features] and S [tokens, r]."""
     k = kernels()
     paths = {"split": k.lora_forward, "aten": k.lora_forward_expand, "single": k.lora_forward_single}
+    if k.serves_tma(x, weight.t(), lora_A.shape[0]):
+        paths["tma"] = partial(k.lora_forward, tma=True)
     _order(paths, x, weight, lora_A, needs_norm=False, dropout=seed is not None)
     arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     y, S = _run("lora_forward", paths, x, weight, lora_A, arguments)
@@ -52,6 +54,8 @@ def lora_backward(
     paths = {"split": run}
     if needs["need_x"]:
         paths["aten"] = partial(run, vendor_gemm=True)
+        if kernels().serves_tma(dy, weight, lora_A.shape[0]):
+            paths["tma"] = partial(run, tma=True)
     dx, dA, dB, dbias = _run(
         "lora_backward", paths, dy, weight, lora_A, (dy, x, weight, lora_A, *rest), needs
     )
@@ -87,6 +91,8 @@ def dora_forward(
     paths: dict[str, Callable[..., Any]] = {"split": with_norm(k.dora_forward)}
     if not drop_base:
         paths["aten"] = with_norm(k.dora_forward_expand)
+        if k.serves_tma(x, weight.t(), lora_A.shape[0], keep_z=keep_z):
+            paths["tma"] = with_norm(partial(k.dora_forward, tma=True))
         paths["single"] = partial(k.dora_forward_single, *before, norm, *after, keep_z=keep_z)
         _order(paths, x, weight, lora_A, needs_norm=norm is None, dropout=seed is not None)
     # A path of its own cost with the norm and without it.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dora import dora_backward, dora_forward
     from .expand import dora_forward_expand, expand_add_, expand_scale_, lora_forward_expand
     from .factored_norm import row_norm
+    from .gemm import serves_tma
     from .glu import glu_backward, glu_forward
     from .lora import lora_backward, lora_forward
     from .single import dora_forward_single, lora_forward_single
@@ -44,6 +45,7 @@ __all__ = [
     "lora_forward_single",
     "prefers_single",
     "row_norm",
+    "serves_tma",
     "stacked_backward",
     "stacked_forward",
 ]
@@ -64,6 +66,7 @@ _MODULES = {
     "lora_forward_expand": "expand",
     "lora_forward_single": "single",
     "row_norm": "factored_norm",
+    "serves_tma": "gemm",
     "stacked_backward": "stacked",
     "stacked_forward": "stacked",
 }

@@ -32,6 +32,7 @@ from .check import check_backward, check_operands, check_row_scale
 from .down_projection import down_projection
 from .dropout import packed_like
 from .factored_norm import row_norm
+from .gemm import gemm
 from .grad_a import grad_a
 from .primitives import KeptProduct, RowScale
 from .rank_r_gemm import rank_r_gemm
@@ -55,6 +56,7 @@ def dora_forward(
     *,
     drop_base: bool,
     keep_z: bool,
+    tma: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`y = c * (x W^T + s S B^T) + bias`, or PEFT's form under dropout (module docstring).
 
@@ -71,6 +73,7 @@ def dora_forward(
         seed: one int64 on x's device, read by the kernels; required when dropout_p > 0.
         drop_base: PEFT's dropout, on the base product too; without dropout it makes no difference.
         keep_z: whether z is wanted, for dm in backward.
+        tma: whether the GEMM goes by TMA where it can (`gemm`).
 
     Returns: y [M, N], S [M, r] and z [M, N] or None, in x's dtype and contiguous. S is unscaled.
     """
@@ -90,8 +93,8 @@ def dora_forward(
             )
         else:
             S = down_projection(x, lora_A, keep_scale, dropout_p, seed)
-            y, z = rank_r_gemm(
-                x, weight.t(), S, lora_B.t(), bias, scaling, scale_columns=row_scale, keep_z=keep_z
+            y, z = gemm(
+                x, weight.t(), S, lora_B.t(), bias, scaling, row_scale=row_scale, keep_z=keep_z, tma=tma
             )
     return y, S, z
 

@@ -1,7 +1,8 @@
 """`out = scale * drop(x) a^T`: the forward's `S = drop(x) A^T`, and `dS = s (c * dY) B` for large ranks.
 
 One read of the wide matrix; the narrow one (r rows) stays in cache. Few rows leave most of a GPU idle, so the
-K loop is then split over programs, and the last one of a tile adds their fp32 partials.
+K loop is then split over programs, and the last one of a tile adds their fp32 partials. The rank is a
+compile-time constant, as in `grad_s_b`.
 """
 
 from __future__ import annotations

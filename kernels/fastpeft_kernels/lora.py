@@ -21,6 +21,7 @@ from . import launch
 from .check import check_backward, check_operands
 from .down_projection import down_projection
 from .expand import expand_add_
+from .gemm import gemm
 from .grad_a import grad_a
 from .rank_r_gemm import rank_r_gemm
 from .reduce_dy import reduce_dy
@@ -35,6 +36,8 @@ def lora_forward(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    tma: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`S = drop(x) A^T`, `y = x W^T + scaling * S B^T + bias`.
 
@@ -47,6 +50,7 @@ def lora_forward(
         scaling: a run-time number, applied in fp32; a new value does not compile a new kernel.
         dropout_p: probability of dropping an element of x in front of A, in [0, 1).
         seed: one int64 on x's device, read by the kernels; required when dropout_p > 0.
+        tma: whether the GEMM goes by TMA where it can (`gemm`).
 
     Returns:
         y [M, N] and S [M, r], both in x's dtype and contiguous. S is unscaled; backward wants it as it is.
@@ -57,7 +61,7 @@ def lora_forward(
         return x.new_empty((0, n)), x.new_empty((0, r))
     with launch.on_device(x):
         S = down_projection(x, lora_A, 1.0 / (1.0 - dropout_p), dropout_p, seed)
-        y, _ = rank_r_gemm(x, weight.t(), S, lora_B.t(), bias, float(scaling))
+        y, _ = gemm(x, weight.t(), S, lora_B.t(), bias, float(scaling), tma=tma)
     return y, S
 
 
@@ -78,6 +82,7 @@ def lora_backward(
     need_bias: bool,
     bias_dtype: torch.dtype | None = None,
     vendor_gemm: bool = False,
+    tma: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients `(dx, dA, dB, dbias)` of `lora_forward`; what is not asked for is None and costs nothing.
 
@@ -97,6 +102,7 @@ def lora_backward(
         need_bias: whether dbias is wanted.
         bias_dtype: dtype of dbias; dy's when None.
         vendor_gemm: dx by the vendor's GEMM and one pass that adds the rank-r product to it.
+        tma: as in forward, for dx; without dropout.
 
     Returns: dx [M, K] in dy's dtype; dA, dB, dbias in the dtypes of A, B and bias, each rounded once, from
     fp32 sums.
@@ -125,6 +131,8 @@ def lora_backward(
         dx = None
         if need_x and dS is not None and vendor_gemm:
             dx = expand_add_(torch.mm(dy, weight), dS, lora_A, keep_scale, dropout_p, seed)
+        elif need_x and dS is not None and dropout_p == 0.0:
+            dx, _ = gemm(dy, weight, dS, lora_A, None, 1.0, tma=tma)
         elif need_x and dS is not None:
             dx, _ = rank_r_gemm(dy, weight, dS, lora_A, None, keep_scale, dropout_p, seed)
     return dx, dA, dB, dbias

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft_kernels import lora_backward, lora_forward
+from fastpeft_kernels import configs, lora_backward, lora_forward
 from fastpeft_kernels.down_projection import down_projection
-from fastpeft_kernels.dropout import packed_like
+from fastpeft_kernels.dropout import PACKED_TILE, packed_like
 from tests.kernels.reference import Problem, evaluate, make_problem
 from tests.tolerance import assert_within_rule
 
@@ -93,6 +93,14 @@ def test_packed_mask_is_the_mask(device: torch.device) -> None:
     down_projection(x, x[:5], 1.0, 0.3, seed, packed=packed)
     bits = (packed[:37, :13, None] >> torch.arange(4, device=device)) & 1
     assert torch.equal(bits.reshape(37, 52)[:, :50].bool(), recover_mask(37, 50, 0.3, seed))
+
+
+@pytest.mark.parametrize("table", configs.TABLES)
+def test_packed_mask_holds_whole_tiles(table: str) -> None:
+    """It is written and read without masks: every tile along x has to divide what it is rounded up to."""
+    rows = configs.TABLES[table]
+    for row in (*rows[configs.DOWN_PROJECTION], *rows[configs.RANK_R_GEMM_DORA_DROPOUT]):
+        assert PACKED_TILE % row.block_m == PACKED_TILE % row.block_k == 0
 
 
 def test_seed_decides(device: torch.device) -> None:

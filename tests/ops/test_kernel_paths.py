@@ -35,7 +35,8 @@ def calls(monkeypatch) -> list[str]:
         launcher = getattr(fastpeft_kernels, name)
 
         def call(*arguments, **options):
-            names.append(name + ("_vendor" if options.get("vendor_gemm") else ""))
+            way = "_vendor" if options.get("vendor_gemm") else "_tma" if options.get("tma") else ""
+            names.append(name + way)
             return launcher(*arguments, **options)
 
         return call
@@ -50,14 +51,14 @@ def problem(tokens: int, r: int, *, dora: bool, bias: bool = True) -> dict[str, 
     g = torch.Generator().manual_seed(tokens + r)
     tensors = {
         "x": torch.randn(tokens, 40, generator=g),
-        "weight": torch.randn(33, 40, generator=g) / 40**0.5,
+        "weight": torch.randn(72, 40, generator=g) / 40**0.5,
         "lora_A": torch.randn(r, 40, generator=g) / 40**0.5,
-        "lora_B": torch.randn(33, r, generator=g) / r**0.5,
+        "lora_B": torch.randn(72, r, generator=g) / r**0.5,
     }
     if bias:
-        tensors["bias"] = torch.randn(33, generator=g)
+        tensors["bias"] = torch.randn(72, generator=g)
     if dora:
-        tensors["magnitude"] = 1 + torch.rand(33, generator=g)
+        tensors["magnitude"] = 1 + torch.rand(72, generator=g)
     return tensors
 
 
@@ -78,12 +79,18 @@ def run(t: dict[str, Tensor], dtype: torch.dtype, *, reference: bool) -> list[Te
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize(
     ("pin", "r", "expected"),
-    [("split", 5, ""), ("aten", 5, "_expand"), ("single", 5, "_single"), ("single", 70, "")],
-    ids=["split", "aten", "single", "single-beyond-its-rank"],
+    [
+        ("split", 5, ""),
+        ("aten", 5, "_expand"),
+        ("single", 5, "_single"),
+        ("single", 70, ""),
+        ("tma", 5, "_tma"),
+    ],
+    ids=["split", "aten", "single", "single-beyond-its-rank", "tma"],
 )
 def test_pinned_path(pin, r, expected, dora, calls, monkeypatch):
     monkeypatch.setattr(choice, "CHOOSER", choice.Chooser(pin))
-    t = {name: tensor.to(torch.bfloat16) for name, tensor in problem(37, r, dora=dora).items()}
+    t = {name: tensor.to(torch.bfloat16) for name, tensor in problem(70, r, dora=dora, bias=False).items()}
     results = run(t, torch.bfloat16, reference=False)
     exact, plain = run(t, torch.float64, reference=True), run(t, torch.bfloat16, reference=True)
     for i, (result, e, p) in enumerate(zip(results, exact, plain, strict=True)):
@@ -91,7 +98,7 @@ def test_pinned_path(pin, r, expected, dora, calls, monkeypatch):
     kind = "dora" if dora else "lora"
     assert f"{kind}_forward{expected}" in calls, calls
     if not dora:
-        assert calls[-1] == ("lora_backward_vendor" if pin == "aten" else "lora_backward")
+        assert calls[-1] == "lora_backward" + {"aten": "_vendor", "tma": "_tma"}.get(pin, "")
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -43,6 +43,7 @@ def blocks() -> Iterator[Block]:
         yield replace(plain, r=(128, 128, 128))
         yield from (replace(plain, m=m, r=(128, 128, 128), passes=False) for m in (1024, 512, 256, 64))
     yield replace(most, m=64, r=(128, 128, 128))
+    yield replace(most, r=(16, 16, 16))
     yield replace(most, n=(4096, 1024), r=(32, 32))
     yield replace(least, r=(16, 0, 64), dropout_p=0.1)
     yield replace(least, dtype=torch.float16, adapter=torch.float16, transposed=True)

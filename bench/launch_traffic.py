@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -95,7 +96,8 @@ class _Counter:
         self.shares: list[int] = []
 
     def touch(self, counts: Any, pointers: Any, mask: Any) -> None:
-        active = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        kept = np.asarray(mask.data).astype(bool)  # a descriptor's mask is a bare array, its data a buffer
+        active = pointers.data[np.broadcast_to(kept, pointers.data.shape)]
         if active.size:
             width = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
             first = active.flat[0].astype(np.int64)
@@ -110,7 +112,7 @@ def _counting(counter: _Counter, *, last: bool) -> Iterator[None]:
 
     def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
         counter.touch(counter.loaded, pointers, mask)
-        nothing = interpreter.TensorHandle(np.zeros(pointers.data.shape, dtype=bool), mask.dtype)
+        nothing = interpreter.TensorHandle(np.zeros(pointers.data.shape, dtype=bool), tl.int1)
         return load(self, pointers, nothing, *rest, **keywords)
 
     def create_masked_store(

@@ -1,9 +1,9 @@
 """Which of an op's implementations runs on a GPU: timed once on the device, remembered in a file.
 
 An op offers candidates, the default first: ``aten`` (cuBLAS and a fused expand-and-scale kernel), ``split``
-(the Triton kernels), ``tma`` (the same with TMA loads), ``single`` (one kernel). No model of a GPU ranks them reliably, so :func:`choose` times
-them at the first call for an (op, device, shape bucket, dtype, rank bucket); later calls find the winner in a
-dict.
+(the Triton kernels), ``tma`` (the same with TMA loads), ``single`` (one kernel). No model of a GPU ranks them
+reliably, so :func:`choose` times them at the first call for an (op, device, shape bucket, dtype, rank
+bucket); later calls find the winner in a dict.
 
 ``FASTPEFT_CHOICE``, read on import: ``auto`` measures; ``off`` takes the default; a candidate's name takes
 that one wherever the op offers it. Nothing is measured off a GPU, under torch.compile or while a CUDA graph

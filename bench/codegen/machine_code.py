@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import re
 import subprocess
@@ -106,7 +107,7 @@ def read_sass(text: str, measured: Measured) -> None:
     measured.stack = int(re.search(r"\bSTACK:(\d+)", text)[1])  # type: ignore[index]
     # What is predicated on !PT never runs: fillers for a fault of the hardware.
     code = [line for line in SASS_LINE.findall(text) if line[1] not in ("!PT", "!UPT")]
-    position = {int(line[0], 16): index for index, line in enumerate(code)}
+    addresses = [int(line[0], 16) for line in code]
     names = [name for _, _, name, _ in code]
     for name in names:
         local = SASS_LOCAL.match(name)
@@ -122,7 +123,9 @@ def read_sass(text: str, measured: Measured) -> None:
         # "BRA.U UP0, 0x..." carries its condition among the operands.
         conditional = bool(predicate) or bool(goal and "," in rest)
         leaves = name.startswith(("BRA", "EXIT", "BRX", "RET")) and not conditional
-        steps.append(Step(name, position[int(goal[1], 16)] if goal else None, not leaves))
+        # A branch may lead to one of those fillers: then on to what comes after it.
+        target = min(bisect.bisect_left(addresses, int(goal[1], 16)), len(code) - 1) if goal else None
+        steps.append(Step(name, target, not leaves))
     fill_mix(measured, steps, sass_kind)
 
 
@@ -142,8 +145,9 @@ def read_amdgcn(text: str, measured: Measured) -> None:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    # vgpr_count counts accumulation registers too; spills are counted in registers, 4 bytes a lane each. Scalar
-    # registers are parked in lanes of a vector register (v_writelane): no memory, unless a stack says so.
+    # vgpr_count counts accumulation registers too; spills are counted in registers, 4 bytes a lane each.
+    # Scalar registers are parked in lanes of a vector register (v_writelane): no memory, unless a stack says
+    # so.
     measured.registers = metadata("vgpr_count")
     measured.spill_stores = 4 * metadata("vgpr_spill_count")
     measured.stack = metadata("private_segment_fixed_size")
@@ -220,7 +224,9 @@ def faults(item: Launch, measured: Measured) -> list[str]:
     elif item.kernel.gemm and not any(name.startswith(target.main_core) for name in measured.tensor_core):
         found.append(f"no {target.main_core}*MMA instruction, only {' '.join(measured.tensor_core)}")
     if item.kernel.streams and item.aligned:
-        mix = measured.loop if measured.loop.total else measured.whole
+        # Where warps are specialised, the loop that multiplies loads nothing: another warp's does.
+        loads = measured.loop.wide_loads + measured.loop.other_loads
+        mix = measured.loop if loads else measured.whole
         # Narrow loads have at most 8 bytes: twice as many of them still carry half of the bytes at most.
         if not mix.wide_loads or mix.other_loads > 2 * mix.wide_loads:
             found.append(f"main loop: {mix.wide_loads} loads of 16 bytes, {mix.other_loads} narrower ones")

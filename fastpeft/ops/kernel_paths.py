@@ -2,8 +2,8 @@
 
 ``split`` runs the kernels split at S; ``tma`` the same with TMA loads (sm_90, sm_100); ``single`` one kernel,
 for a small rank; ``aten`` the vendor's GEMM and a fused expand-and-scale kernel; ``decode`` one kernel for up
-to 16 tokens without gradients. :mod:`fastpeft.choice` measures on a GPU; where nothing is measured, a model of
-the launches decides between ``single`` and ``split``.
+to 16 tokens without gradients. :mod:`fastpeft.choice` measures on a GPU; where nothing is measured, a model
+of the launches decides between ``single`` and ``split``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ nothing else: not on tile sizes, on strides, nor on which kernel asks.
 
 A GEMM that masks its operand would draw the mask again for every tile of columns: at 128 columns some 2,500
 cycles of integer work a step against 1,000 of tensor cores. For it, the kernel that reads the operand just
-before packs the mask of four columns into a byte (`pack_mask`), an eighth of a 16-bit operand's bytes, which lives
-between those two launches only.
+before packs the mask of four columns into a byte (`pack_mask`), an eighth of a 16-bit operand's bytes, which
+lives between those two launches only.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ def checked_addresses() -> Iterator[None]:
     allowed = np.empty(0, dtype=np.int64)
 
     def check(kind: str, pointers: Any, mask: Any) -> None:
-        # A mask and a scalar condition make a mask of integers, which would index instead of select.
-        kept = mask.data.astype(bool)
+        # A mask and a scalar condition make a mask of integers, which would index instead of select; a
+        # descriptor's mask is a bare array, whose `data` is a buffer.
+        kept = np.asarray(mask.data).astype(bool)
         touched = np.broadcast_to(pointers.data, kept.shape)[kept].astype(np.int64)
         stray = touched[~np.isin(touched, allowed)]
         if stray.size:
@@ -96,7 +97,9 @@ def checked_addresses() -> Iterator[None]:
         check("load", pointers, mask)
         return load(self, pointers, mask, *rest, **keywords)
 
-    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
+    def create_masked_store(
+        self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **keywords: Any
+    ) -> Any:
         check("store", pointers, mask)
         return store(self, pointers, value, mask, *rest, **keywords)
 

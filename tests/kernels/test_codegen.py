@@ -114,6 +114,8 @@ def test_what_does_not_count_as_a_fault() -> None:
     assert faults(launch(kernel=replace(launch().kernel, streams=False)), narrow) == []
     assert faults(launch(dtype="fp32"), replace(narrow, tensor_core={})) == []
     assert faults(launch("sm_80"), replace(GOOD, shared=0, tensor_core={"HMMA": 1})) == []
+    specialised = replace(GOOD, loop=Mix(total=9, tensor_core=4), whole=Mix(total=99, wide_loads=2))
+    assert faults(launch(), specialised) == [], "another warp loads"
     small = replace(launch().kernel, gemm=False)
     assert faults(launch(kernel=small), replace(GOOD, tensor_core={"HMMA": 1})) == []
     assert faults(launch("sm_100"), GOOD)

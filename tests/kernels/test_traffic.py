@@ -13,7 +13,7 @@ from bench import traffic
 from bench.launch_traffic import counted, distinct_bytes
 from bench.peers import PEERS, PUBLISHED, TARGETS
 from bench.single import Shape
-from fastpeft_kernels import configs, lora
+from fastpeft_kernels import configs, lora, rank_r_gemm_tma
 from fastpeft_kernels.tile import down, gemm, grad
 
 SHAPE = Shape(M=256, K=128, N=384)
@@ -54,6 +54,19 @@ def test_lora_forward_by_hand() -> None:
     assert gemm_launch.stored == 2 * m * n
     assert gemm_launch.flops == 2 * m * n * (k + r)
     assert gemm_launch.compulsory == 2 * (m * k + n * k + m * r + n * r + m * n)
+
+
+def test_copies_by_descriptor_count_as_loads() -> None:
+    m, k, n, r = 128, 128, 256, 16
+    p, q = wide(m, k), wide(n, k).t()
+    with counted("sm_90", units=1) as launches:
+        config = rank_r_gemm_tma.select(p, q, r)
+        assert config is not None
+        rank_r_gemm_tma.rank_r_gemm_tma(p, q, wide(m, r), wide(n, r).t(), None, 2.0, config)
+    (item,) = launches
+    assert item.programs == 1
+    assert item.loaded == item.compulsory - item.stored == 2 * (m * k + n * k + m * r + n * r)
+    assert item.stored == 2 * m * n
 
 
 def test_a_split_reduction_is_counted_once() -> None:

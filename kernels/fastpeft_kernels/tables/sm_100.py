@@ -24,14 +24,14 @@ TABLE: Table = {
         gemm(64, 128, 64, 64, 4, 4),
         gemm(64, 64, 64, 64, 4, 4),
     ),
-    DOWN_PROJECTION: (down(64, 128, 32, 4, 3), down(64, 128, 64, 4, 3), down(64, 32, 128, 4, 4)),
-    GRAD_A: (grad(64, 128, 32, 4, 3), grad(64, 128, 64, 4, 3), grad(64, 128, 128, 8, 3)),
+    DOWN_PROJECTION: (down(64, 64, 64, 4, 3), down(64, 32, 128, 4, 4)),
+    GRAD_A: (grad(64, 128, 32, 8, 3), grad(64, 128, 64, 8, 3), grad(64, 64, 128, 8, 3)),
     RANK_R_GEMM_TMA: (
         replace(gemm(128, 256, 64, 32, 8, 4), warp_specialize=True),
         replace(gemm(128, 128, 64, 128, 8, 4), warp_specialize=True),
     ),
-    STACKED_DOWN: (down(64, 64, 32, 8, 4), down(64, 64, 64, 4, 3)),
-    STACKED_GEMM: (gemm(128, 256, 64, 64, 8, 3), gemm(64, 128, 64, 64, 4, 4), gemm(64, 64, 64, 64, 4, 4)),
+    STACKED_DOWN: (down(64, 64, 32, 8, 4),),
+    STACKED_GEMM: (gemm(128, 256, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
     STACKED_DX: (gemm(128, 256, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
     STACKED_DX_DROPOUT: (gemm(128, 256, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
 }

@@ -65,7 +65,7 @@ TABLE: Table = {
         gemm(64, 128, 64, 64, 4, 4),
         gemm(64, 64, 64, 64, 4, 4),
     ),
-    RANK_R_GEMM_DORA_DROPOUT_BACKWARD: (gemm(128, 128, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
+    RANK_R_GEMM_DORA_DROPOUT_BACKWARD: (gemm(128, 64, 64, 64, 8, 3), gemm(64, 64, 64, 64, 4, 4)),
     RANK_R_GEMM_TMA: (gemm(128, 256, 64, 64, 8, 3), gemm(128, 128, 64, 128, 8, 4)),
     STACKED_DOWN: (down(64, 64, 32, 8, 4), down(64, 64, 64, 8, 3)),
     STACKED_GEMM: (

@@ -58,7 +58,7 @@ TABLE: Table = {
     ),
     RANK_R_GEMM_DORA_DROPOUT_BACKWARD: (gemm(64, 128, 32, 64, 8, 3), gemm(64, 64, 64, 64, 4, 3)),
     RANK_R_GEMM_TMA: (),
-    STACKED_DOWN: (down(64, 64, 16, 8, 4), down(32, 32, 32, 4, 3)),
+    STACKED_DOWN: (down(64, 64, 16, 8, 4),),
     STACKED_GEMM: (gemm(128, 128, 32, 64, 8, 4), gemm(64, 64, 64, 64, 4, 3)),
     STACKED_DX: (gemm(128, 128, 32, 64, 8, 4), gemm(64, 64, 64, 64, 4, 3)),
     STACKED_DX_DROPOUT: (gemm(128, 128, 32, 64, 8, 4), gemm(64, 64, 64, 64, 4, 3)),

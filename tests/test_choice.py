@@ -98,7 +98,8 @@ def test_modes(mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("fast", "expected one of auto, off, aten, split, single, got 'fast'"), ("", "got ''")]
+    ("name", "said"),
+    [("fast", "expected one of auto, off, aten, split, single, tma, got 'fast'"), ("", "got ''")],
 )
 def test_an_unknown_mode_is_refused(name, said):
     with pytest.raises(fastpeft.ConfigError, match=f"FASTPEFT_CHOICE: .*{said}"):

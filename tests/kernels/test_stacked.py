@@ -17,12 +17,16 @@ from tests.tolerance import assert_within_rule
 
 # Grouped-query widths, ranks below, on and above the tile, every kind of projection beside every other.
 QKV = [Kind(n=70, r=5, bias=True), Kind(n=20, r=16, dora=True), Kind(n=20, r=40)]
+# Few tiles of columns and many of tokens, or the other way: the passes over x split their reductions.
+NARROW = [Kind(n=20, r=5), Kind(n=33, r=16, dora=True), Kind(n=20, r=7)]
 CASES = [
     pytest.param(37, 50, QKV, id="qkv-r5-dora16-r40"),
     pytest.param(33, 64, [Kind(n=33, r=16, dora=True, bias=True), Kind(n=47, bias=True)], id="dora-and-none"),
     pytest.param(20, 40, [Kind(n=20), Kind(n=45, r=1), Kind(n=20, r=7, dora=True)], id="none-r1-dora7"),
     pytest.param(70, 33, [Kind(n=45, r=130)], id="one-r130"),
     pytest.param(1, 35, [Kind(n=20), Kind(n=33)], id="one-token-no-adapters"),
+    pytest.param(130, 30, NARROW, id="tokens-split"),
+    pytest.param(20, 130, NARROW, id="columns-split"),
 ]
 
 
@@ -142,18 +146,28 @@ def test_only_asked_for_gradients(asked: str, device: torch.device) -> None:
                 assert_within_rule(value, reference[expected], plain[expected], expected)
 
 
-def test_two_runs_are_bitwise_equal(device: torch.device) -> None:
-    b = make_block(70, 40, QKV[1:], torch.bfloat16, device, dropout_p=0.3, adapter=torch.float32)
+@pytest.mark.parametrize(("m", "k"), [(130, 30), (20, 130)], ids=["tokens-split", "columns-split"])
+def test_two_runs_are_bitwise_equal(m: int, k: int, device: torch.device) -> None:
+    b = make_block(m, k, NARROW, torch.bfloat16, device, adapter=torch.float32)
     first, second = run_block(b), run_block(b)
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_nothing_stray(dtype: torch.dtype, dropout_p: float, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("m", "k", "kinds", "dtype", "dropout_p"),
+    [
+        pytest.param(19, 40, QKV, torch.bfloat16, 0.3, id="qkv-dropout-bf16"),
+        pytest.param(19, 40, QKV, torch.float32, 0.0, id="qkv-fp32"),
+        pytest.param(130, 30, NARROW, torch.bfloat16, 0.0, id="tokens-split"),
+        pytest.param(20, 130, NARROW, torch.bfloat16, 0.0, id="columns-split"),
+    ],
+)
+def test_nothing_stray(
+    m: int, k: int, kinds: list[Kind], dtype: torch.dtype, dropout_p: float, device: torch.device
+) -> None:
     """NaN round the inputs, NaN in the outputs, guard zones beside them, addresses checked: the same bits."""
-    b = make_block(19, 40, QKV, dtype, device, dropout_p=dropout_p)
+    b = make_block(m, k, kinds, dtype, device, dropout_p=dropout_p)
     expected = run_block(b)
 
     def wrap(tensor: Tensor) -> Tensor:

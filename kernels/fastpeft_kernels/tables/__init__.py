@@ -1,7 +1,7 @@
 """Tile sizes as data: one table an architecture, rows for every kernel.
 
-Every row compiles without register spills and within the shared memory a block may use on every variant the
-launchers can produce; `python -m bench codegen` checks it without a GPU. Rows of a GEMM run from the largest
+A row is here if it compiles without register spills and within the shared memory a block may use; `python -m
+bench codegen` checks that without a GPU, in CI for every kernel's default cases on every target. Rows of a GEMM run from the largest
 tile to the smallest; rows of the others from the smallest rank tile to the largest.
 """
 

@@ -1,8 +1,8 @@
 """Tile sizes as data: one table an architecture, rows for every kernel.
 
 A row is here if it compiles without register spills and within the shared memory a block may use; `python -m
-bench codegen` checks that without a GPU, in CI for every kernel's default cases on every target. Rows of a GEMM run from the largest
-tile to the smallest; rows of the others from the smallest rank tile to the largest.
+bench codegen` checks that without a GPU, in CI for every kernel's default cases on every target. Rows of a
+GEMM run from the largest tile to the smallest; rows of the others from the smallest rank tile to the largest.
 """
 
 from __future__ import annotations

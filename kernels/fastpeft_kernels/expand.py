@@ -189,6 +189,7 @@ def _launch(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=launch.FP_FUSION,
+            **configs.all_registers(y.device),
         )
     return y
 

@@ -264,5 +264,6 @@ def grad_a(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=launch.FP_FUSION,
+        **configs.all_registers(x.device),
     )
     return out, total, dm

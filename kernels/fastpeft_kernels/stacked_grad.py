@@ -182,5 +182,6 @@ def stacked_grad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=launch.FP_FUSION,
+        **configs.all_registers(x.device),
     )
     return results

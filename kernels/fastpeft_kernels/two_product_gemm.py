@@ -247,5 +247,6 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=launch.FP_FUSION,
+        **configs.all_registers(p.device),
     )
     return out, z

@@ -19,6 +19,7 @@ class DoraProblem(Problem):
     """Operands of one layer; the magnitude may have a dtype of its own."""
 
     magnitude: Tensor  # [N]
+    norm: Tensor | None = None  # [N] fp32 in place of the rows' own norm, where results are to be exact
     drop_base: bool = True
 
     def to(self, dtype: torch.dtype) -> DoraProblem:
@@ -50,7 +51,9 @@ def make_dora(
 
 
 def evaluate_norm(p: DoraProblem) -> Tensor:
-    """`||W + s B A||` of each row."""
+    """`||W + s B A||` of each row, or the norm that the problem gives."""
+    if p.norm is not None:
+        return p.norm
     return torch.linalg.vector_norm(p.weight + p.scaling * (p.lora_B @ p.lora_A), dim=1)
 
 
@@ -92,7 +95,7 @@ def run_dora(p: DoraProblem, *, keep_z: bool | None = None, seed: Tensor | None 
     """All results of the kernels for `p`; z is kept where dm needs it, unless said otherwise."""
     if keep_z is None:
         keep_z = p.bias is not None or (p.drop_base and p.dropout_p > 0.0) or p.x.dtype == torch.float16
-    norm = row_norm(p.weight, p.lora_A, p.lora_B, p.scaling)
+    norm = row_norm(p.weight, p.lora_A, p.lora_B, p.scaling) if p.norm is None else p.norm
     adapter = (p.weight, p.lora_A, p.lora_B, p.magnitude, norm)
     y, S, z = dora_forward(
         p.x,

@@ -18,6 +18,8 @@ def seed_of(value: int, device: torch.device) -> torch.Tensor:
 
 def recover_mask(m: int, k: int, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
     """The forward's mask, read out through `S = drop(1) I`."""
+    if m == 0:
+        return torch.ones(0, k, dtype=torch.bool, device=seed.device)
     ones, identity = torch.ones(m, k, device=seed.device), torch.eye(k, device=seed.device)
     _, S = lora_forward(
         ones, torch.zeros(1, k, device=seed.device), None, identity, ones[:1], 1.0, dropout_p, seed

@@ -45,7 +45,7 @@ TABLE: Table = {
     STACKED_GEMM: (gemm(64, 128, 64, 64, 8, 2), gemm(64, 64, 64, 64, 8, 2)),
     STACKED_DX: (gemm(64, 64, 64, 64, 8, 2),),
     STACKED_DX_DROPOUT: (gemm(64, 64, 32, 32, 8, 2),),
-    STACKED_GRAD: (grad(32, 64, 32, 4, 2), grad(32, 64, 64, 8, 2)),
+    STACKED_GRAD: (grad(64, 32, 16, 4, 2), grad(32, 64, 32, 4, 2), grad(32, 64, 64, 8, 2)),
     GLU_GEMM: (gemm(64, 64, 32, 64, 8, 2),),
     GLU_BACKWARD: (gemm(64, 128, 32, 32, 8, 2), gemm(64, 64, 64, 64, 8, 2)),
     GLU_BACKWARD_DROPOUT: (gemm(64, 128, 32, 32, 8, 2), gemm(64, 64, 64, 64, 8, 2)),

@@ -8,6 +8,7 @@ from ..kernel_names import (
     DOWN_PROJECTION,
     GRAD_A,
     RANK_R_GEMM,
+    RANK_R_GEMM_DORA_Z,
     RANK_R_GEMM_TMA,
     STACKED_DOWN,
     STACKED_DX,
@@ -24,8 +25,9 @@ TABLE: Table = {
         gemm(64, 128, 64, 64, 4, 4),
         gemm(64, 64, 64, 64, 4, 4),
     ),
+    RANK_R_GEMM_DORA_Z: (gemm(64, 128, 64, 128, 8, 4), gemm(64, 64, 64, 64, 4, 4)),
     DOWN_PROJECTION: (down(64, 64, 64, 4, 3), down(64, 32, 128, 4, 4)),
-    GRAD_A: (grad(64, 128, 32, 8, 3), grad(64, 128, 64, 8, 3), grad(64, 64, 128, 8, 3)),
+    GRAD_A: (grad(64, 128, 32, 8, 2), grad(64, 128, 64, 8, 3), grad(64, 64, 128, 8, 3)),
     RANK_R_GEMM_TMA: (
         replace(gemm(128, 256, 64, 32, 8, 4), warp_specialize=True),
         replace(gemm(128, 128, 64, 128, 8, 4), warp_specialize=True),

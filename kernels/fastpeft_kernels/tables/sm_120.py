@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from ..kernel_names import ROW_NORM, STACKED_GRAD
-from ..tile import Table, down, grad
+from ..kernel_names import ROW_NORM
+from ..tile import Table, down
 from . import sm_86
 
 TABLE: Table = {
     **sm_86.TABLE,
-    # sm_80's first row spills here, 8 bytes, and so does its second, 4.
-    STACKED_GRAD: (grad(32, 64, 32, 4, 3),),
     # A stage less than sm_80's first row: at r = 64 the assembler for sm_120 spills 20 bytes of that one.
     ROW_NORM: (down(32, 64, 64, 8, 2), *sm_86.TABLE[ROW_NORM][1:]),
 }

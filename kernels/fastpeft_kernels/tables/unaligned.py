@@ -50,7 +50,7 @@ TABLE: Table = {
     SINGLE_NORM: (gemm(16, 64, 16, 16, 4, 2),),
     DECODE: (gemm(16, 64, 16, 64, 4, 2),),
     EXPAND: (gemm(64, 64, 0, 16, 8, 1),),
-    RANK_R_GEMM_DORA_Z: (gemm(64, 64, 32, 32, 4, 2),),
+    RANK_R_GEMM_DORA_Z: (gemm(64, 64, 32, 32, 8, 2),),
     RANK_R_GEMM_DORA_DROPOUT_BACKWARD: (gemm(64, 64, 16, 32, 8, 2),),
     RANK_R_GEMM_TMA: (),
     STACKED_DOWN: (down(16, 32, 32, 4, 2),),

@@ -23,7 +23,7 @@ SHAPES = [
     pytest.param((8,), 16, 32, 4, id="aligned"),
     pytest.param((3, 5), 23, 37, 5, id="ragged-3d"),
     pytest.param((200, 3), 23, 37, 5, id="many-tokens"),
-    pytest.param((12,), 40, 48, 1, id="rank1"),
+    pytest.param((120,), 40, 48, 1, id="rank1"),
     pytest.param((37,), 24, 20, 40, id="rank-above-features"),
     pytest.param((0,), 12, 10, 3, id="zero-tokens"),
 ]

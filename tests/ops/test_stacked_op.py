@@ -31,7 +31,8 @@ BLOCKS = [
     pytest.param((7,), 12, [(10, 0, BASE, True), (6, 0, BASE, False)], id="no-adapters"),
     pytest.param((90,), 12, [(30, 1, DORA, True)], id="one"),
     pytest.param((2, 0), 12, [(10, 3, LORA, False), (6, 2, DORA, True)], id="zero-tokens"),
-    pytest.param((9,), 12, [(8, 2, LORA, False), (6, 1, DORA, False)] * 2, id="four"),
+    # Wide: over 6 magnitudes the ratio of two rounding errors is chance and differs between BLAS libraries.
+    pytest.param((9,), 12, [(80, 2, LORA, False), (60, 1, DORA, False)] * 2, id="four"),
 ]
 
 
@@ -398,7 +399,8 @@ def test_a_trainable_base_weight_gets_its_gradient():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitude_zero_and_zero_rows(dtype, bias):
-    shapes = [(12, 4, DORA, bias), (8, 2, DORA, bias)]
+    n = 60
+    shapes = [(n, 4, DORA, bias), (80, 2, DORA, bias)]
     x, projections = problem((40,), 16, shapes, dtype, torch.float32)
     magnitude = projections[0].magnitude.clone()
     magnitude[2] *= 3  # c is far from 1 with and without the guard: one way of scaling for both
@@ -408,7 +410,7 @@ def test_magnitude_zero_and_zero_rows(dtype, bias):
     changed = [replace(projections[0], magnitude=magnitude), projections[1]]
     check(x, changed)
     got = run(stacked_linear, x, changed)
-    others = [i for i in range(12) if i not in (3, 4)]
+    others = [i for i in range(n) if i not in (3, 4)]
     assert torch.equal(got[0][:, others], clean[0][:, others])  # the guard moves no other row's bits
     at = 3 + blocks.names(projections).index("magnitude of 0")
     assert torch.equal(got[at][others], clean[at][others])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fastpeft_kernels import lora_backward, lora_forward
+
 
 @dataclass(kw_only=True)
 class Problem:
@@ -78,3 +80,26 @@ def evaluate(p: Problem) -> dict[str, Tensor]:
         "dB": (p.dy.T @ S) * p.scaling,
         "dbias": p.dy.sum(0),
     }
+
+
+def run_lora(p: Problem, seed: Tensor | None = None) -> dict[str, Tensor]:
+    """All results of the kernels for `p`."""
+    adapter = (p.weight, p.lora_A, p.lora_B)
+    y, S = lora_forward(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, p.dropout_p, seed)
+    gradients = lora_backward(
+        p.dy,
+        p.x,
+        *adapter,
+        S,
+        p.scaling,
+        p.dropout_p,
+        seed,
+        need_x=True,
+        need_A=True,
+        need_B=True,
+        need_bias=True,
+        bias_dtype=p.bias.dtype if p.bias is not None else None,
+    )
+    found = {"y": y, "S": S} | dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))
+    assert all(isinstance(tensor, Tensor) for tensor in found.values())
+    return found  # type: ignore[return-value]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft_kernels import configs, lora_backward, lora_forward
+from fastpeft_kernels import configs, lora_forward
 from fastpeft_kernels.down_projection import down_projection
 from fastpeft_kernels.dropout import PACKED_TILE, packed_like
-from tests.kernels.reference import Problem, evaluate, make_problem
+from tests.kernels.reference import evaluate, make_problem, run_lora
 from tests.tolerance import assert_within_rule
 
 
@@ -29,29 +29,6 @@ def recover_mask(m: int, k: int, dropout_p: float, seed: torch.Tensor) -> torch.
     return kept
 
 
-def run(p: Problem, seed: torch.Tensor) -> dict[str, torch.Tensor]:
-    y, S = lora_forward(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, p.dropout_p, seed)
-    dx, dA, dB, _ = lora_backward(
-        p.dy,
-        p.x,
-        p.weight,
-        p.lora_A,
-        p.lora_B,
-        S,
-        p.scaling,
-        p.dropout_p,
-        seed,
-        need_x=True,
-        need_A=True,
-        need_B=True,
-        need_bias=False,
-    )
-    assert dx is not None
-    assert dA is not None
-    assert dB is not None
-    return {"y": y, "S": S, "dx": dx, "dA": dA, "dB": dB}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("k", "r"), [(50, 5), (64, 40)], ids=["k50-r5", "k64-r40"])
 def test_forward_and_backward_share_the_mask(
@@ -62,7 +39,7 @@ def test_forward_and_backward_share_the_mask(
     seed = seed_of(-(2**40) - 3, device)
     p.dropout_p = 0.3
     p.keep = recover_mask(37, k, 0.3, seed)
-    found = run(p, seed)
+    found = run_lora(p, seed)
     reference, plain = evaluate(p.to(torch.float64)), evaluate(p.to(dtype))
     for name, tensor in found.items():
         assert_within_rule(tensor, reference[name], plain[name], name)
@@ -108,16 +85,16 @@ def test_packed_mask_holds_whole_tiles(table: str) -> None:
 def test_seed_decides(device: torch.device) -> None:
     p = make_problem(37, 50, 45, 5, torch.float32, device)
     p.dropout_p = 0.3
-    first, second = run(p, seed_of(7, device)), run(p, seed_of(7, device))
+    first, second = run_lora(p, seed_of(7, device)), run_lora(p, seed_of(7, device))
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    assert not torch.equal(first["S"], run(p, seed_of(8, device))["S"])
+    assert not torch.equal(first["S"], run_lora(p, seed_of(8, device))["S"])
 
 
 def test_zero_scaling_still_drops_in_dx(device: torch.device) -> None:
     """s = 0 makes dS zero, hence dx = dY W, with dropout or without."""
     p = make_problem(20, 18, 35, 5, torch.float32, device)
     p.scaling, p.dropout_p = 0.0, 0.3
-    found = run(p, seed_of(1, device))
+    found = run_lora(p, seed_of(1, device))
     assert_within_rule(found["dx"], p.dy.double() @ p.weight.double(), p.dy @ p.weight, "dx")
     assert not found["dA"].any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpeft_kernels import configs, lora_backward, lora_forward
-from tests.kernels.reference import Problem, evaluate, make_problem
+from tests.kernels.reference import Problem, evaluate, make_problem, run_lora
 from tests.tolerance import assert_within_rule
 
 GRADIENTS = ("dx", "dA", "dB", "dbias")
@@ -24,30 +24,8 @@ SHAPES = [
 ]
 
 
-def run(p: Problem) -> dict[str, torch.Tensor]:
-    """All results of the kernels for `p`."""
-    y, S = lora_forward(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling)
-    gradients = lora_backward(
-        p.dy,
-        p.x,
-        p.weight,
-        p.lora_A,
-        p.lora_B,
-        S,
-        p.scaling,
-        need_x=True,
-        need_A=True,
-        need_B=True,
-        need_bias=True,
-        bias_dtype=p.bias.dtype if p.bias is not None else None,
-    )
-    found = {"y": y, "S": S} | dict(zip(GRADIENTS, gradients, strict=True))
-    assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
-    return found  # type: ignore[return-value]
-
-
 def check(p: Problem) -> None:
-    found = run(p)
+    found = run_lora(p)
     reference, plain = evaluate(p.to(torch.float64)), evaluate(p.to(p.x.dtype))
     for name, tensor in found.items():
         assert_within_rule(tensor, reference[name], plain[name], name)
@@ -114,7 +92,7 @@ def test_scaling_of_any_size(scaling: float, device: torch.device) -> None:
 @pytest.mark.parametrize("r", [5, 40])
 def test_zero_tokens(r: int, device: torch.device) -> None:
     p = make_problem(0, 50, 45, r, torch.bfloat16, device, adapter=torch.float32)
-    found = run(p)
+    found = run_lora(p)
     assert found["y"].shape == (0, 45)
     assert found["S"].shape == (0, r)
     assert found["dx"].shape == (0, 50)
@@ -146,7 +124,7 @@ def test_only_asked_for_gradients(asked: int, r: int, device: torch.device) -> N
 @pytest.mark.parametrize("r", [5, 40])
 def test_two_runs_are_bitwise_equal(r: int, device: torch.device) -> None:
     p = make_problem(130, 70, 45, r, torch.bfloat16, device, adapter=torch.float32)
-    first, second = run(p), run(p)
+    first, second = run_lora(p), run_lora(p)
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

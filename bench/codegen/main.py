@@ -59,17 +59,15 @@ class Worker:
         return self.pool.submit(compile_launch, item)
 
 
-def widest(launches: Sequence[Launch]) -> list[Launch]:
-    """Of launches that differ in the tile of the rank and in hints only, the first with the widest tile.
-
-    The tile is chosen from the rank at run time, within what a row allows; a narrower one holds less.
-    """
-    chosen: dict[object, Launch] = {}
+def heaviest(launches: Sequence[Launch]) -> list[Launch]:
+    """Those that no other one covers (:meth:`Launch.covers`), in their order."""
+    groups: dict[object, list[Launch]] = {}
     for item in launches:
-        group = item.group()
-        if group not in chosen or item.rank_tile() > chosen[group].rank_tile():
-            chosen[group] = item
-    return list(chosen.values())
+        kept = groups.setdefault(item.group(), [])
+        if not any(other.covers(item) for other in kept):
+            kept[:] = [other for other in kept if not item.covers(other)] + [item]
+    chosen = {id(item) for kept in groups.values() for item in kept}
+    return [item for item in launches if id(item) in chosen]
 
 
 def row_text(item: Launch, measured: Measured) -> str:
@@ -107,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--family", action="append", choices=families, help="repeatable; default all")
     result.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; default all")
     result.add_argument("--quick", action="store_true", help="default cases only: what CI compiles")
-    result.add_argument("--every", action="store_true", help="narrower tiles of the rank too")
+    result.add_argument("--every", action="store_true", help="those that a heavier one covers too")
     result.add_argument("--json", type=Path, metavar="PATH", help="also write every row here")
     result.add_argument("--workers", type=int, default=2, help="compiler processes (default 2)")
     return result
@@ -136,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = list(TARGETS)
     selected = list(launches.values())
     if not options.every and not options.quick:
-        selected = widest(selected)
+        selected = heaviest(selected)
     ordered = sorted(selected, key=lambda item: (targets.index(item.target), item.kernel.name))
     print(
         f"{'target':8}{'kernel':16}{'configuration':52}{'regs':>5}{'spills':>8}{'shared':>15}  "

@@ -58,10 +58,39 @@ class Launch:
         return int(self.named_constants().get("BLOCK_R", 0))
 
     def group(self) -> tuple[object, ...]:
-        """What it has in common with launches that only differ in the rank's tile and in hints."""
+        """What two launches must have in common for one to cover the other."""
+        return self.target, self.kernel, self.options, self.aligned
+
+    def covers(self, other: Launch) -> bool:
+        """Whether its code holds at least what the code of `other`, of the same group, holds.
+
+        It is the same but for a wider tile of the rank, which is chosen at run time; for operands and branches
+        that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16; for hints.
+        """
+        if self.rank_tile() < other.rank_tile():
+            return False
+        ours, theirs = self._arguments(), other._arguments()
+        return ours.keys() == theirs.keys() and all(
+            value in (None, False) or (value == ours[path] and type(value) is type(ours[path]))
+            for path, value in theirs.items()
+        )
+
+    def _arguments(self) -> dict[Path, Any]:
+        """Every argument's type (16-bit ones are one) or compile-time value, less the rank's tile."""
         free = [index for index, (name, _) in enumerate(self.signature) if name in ("BLOCK_R", "R_TILES")]
-        kept = tuple((path, value) for path, value in self.constants if path[0] not in free)
-        return self.target, self.kernel, self.options, self.aligned, self.signature, kept
+        values = dict(self.constants)
+        found: dict[Path, Any] = {}
+
+        def visit(path: Path, kind: Any) -> None:
+            if isinstance(kind, tuple):
+                for index, entry in enumerate(kind):
+                    visit((*path, index), entry)
+            elif path[0] not in free:
+                found[path] = values[path] if kind == "constexpr" else kind.replace("fp16", "bf16")
+
+        for index, (_, kind) in enumerate(self.signature):
+            visit((index,), kind)
+        return found
 
     def label(self) -> str:
         """Tile, warps, stages, the case's note and the branches taken."""

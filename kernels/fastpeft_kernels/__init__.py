@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .gemm import serves_tma
     from .glu import glu_backward, glu_forward
     from .lora import lora_backward, lora_forward
+    from .lora_add import lora_add_, lora_add_backward
     from .single import dora_forward_single, lora_forward_single
     from .stacked import stacked_backward, stacked_forward
 
@@ -38,6 +39,8 @@ __all__ = [
     "glu_backward",
     "glu_forward",
     "is_available",
+    "lora_add_",
+    "lora_add_backward",
     "lora_backward",
     "lora_decode",
     "lora_forward",
@@ -60,6 +63,8 @@ _MODULES = {
     "expand_scale_": "expand",
     "glu_backward": "glu",
     "glu_forward": "glu",
+    "lora_add_": "lora_add",
+    "lora_add_backward": "lora_add",
     "lora_backward": "lora",
     "lora_decode": "decode",
     "lora_forward": "lora",

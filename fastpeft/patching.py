@@ -19,6 +19,7 @@ from fastpeft import backend as backends
 from fastpeft.choice import choices
 from fastpeft.config import LoRA, as_lora
 from fastpeft.errors import BackendError, PatchError
+from fastpeft.in_place import install
 from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
 from fastpeft.layers.kinds import adapter_class
 from fastpeft.patch_report import ModuleReport, PatchReport
@@ -32,11 +33,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -> ModelT:
     """Put a LoRA or DoRA adapter on the model's linear layers, in place, and freeze everything else.
 
+    A model that already holds PEFT's LoRA layers (a ``PeftModel``, ``inject_adapter_in_model``'s or
+    transformers' ``add_adapter``'s) is accelerated in place instead: its modules, Parameters, state_dict keys
+    and everything PEFT can do to it stay as they are, and adapters that PEFT adds later are accelerated too.
+
     Args:
         model: any ``nn.Module``, usually a transformers model. Its linears keep their weights (the same
             Parameter objects, tied ones stay tied); their modules are replaced by drop-in ones.
         config: a :class:`fastpeft.LoRA`, a ``peft.LoraConfig``, or None for LoRA with r=16 on every linear
-            inside the repeated blocks.
+            inside the repeated blocks. None for a model with PEFT's layers.
         adapter_name: the adapter's name in the model's state_dict; files do not hold it.
 
     Returns:
@@ -48,12 +53,28 @@ def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -
         PatchError: a target matches nothing, a named module cannot be patched, or the model already carries
             other adapters. The model is left as it was.
     """
+    if isinstance(model, nn.Module) and install.is_peft(model):
+        return _accelerate(model, config)
     # PEFT users list the names of several model families at once: for them one match is enough.
     allow_unmatched = config is not None and not isinstance(config, LoRA)
     lora = as_lora(config)
     if allow_unmatched and lora.target_modules is None and (names := _pefts_default(model)):
         lora = dataclasses.replace(lora, target_modules=names)
     return apply_patch(model, lora, adapter_name, allow_unmatched=allow_unmatched)
+
+
+def _accelerate(model: ModelT, config: Any) -> ModelT:
+    if config is not None:
+        raise PatchError(
+            f"this {type(model).__name__} holds adapters of PEFT's, which patch(model) accelerates in place: "
+            f"expected no configuration, got {type(config).__name__}; to add another adapter use PEFT's "
+            "model.add_adapter(name, config)"
+        )
+    if find_state(model) is not None:
+        raise PatchError(f"this {type(model).__name__} is already patched by fastpeft; unpatch it first")
+    install.accelerate(model)
+    logger.info("fastpeft: %s", report(model).summary())
+    return model
 
 
 def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
@@ -82,9 +103,14 @@ def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatch
 def unpatch(model: ModelT) -> ModelT:
     """Take the adapter off: the original modules, requires_grad flags and base values come back bitwise.
 
+    A PEFT model that was accelerated in place keeps its adapters and gets PEFT's own forwards back.
+
     Raises:
         PatchError: the model is not patched, or modules of it were taken away since; nothing is changed.
     """
+    if isinstance(model, nn.Module) and install.find_calls(model) is not None:
+        install.restore(model)
+        return model
     state = require_state(model, "unpatch")
     present = dict(model.named_parameters(remove_duplicate=False))
     gone = [name for name in [*state.requires_grad, *state.trained_values] if name not in present]
@@ -111,6 +137,8 @@ def report(model: nn.Module) -> PatchReport:
     Raises:
         PatchError: the model is not patched.
     """
+    if isinstance(model, nn.Module) and install.find_calls(model) is not None:
+        return dataclasses.replace(install.report(model), kernels=choices())
     done = require_state(model, "report").report
     return dataclasses.replace(done, backend=_backend_of(model), kernels=choices())
 
@@ -134,8 +162,8 @@ def _refuse_foreign_adapters(model: nn.Module) -> None:
         where = f"{path or type(model).__name__}"
         if type(module).__module__.split(".")[0] == "peft":
             raise PatchError(
-                f"{where} is PEFT's {type(module).__name__}: accelerating a PEFT model in place is not "
-                "supported yet; patch the plain model and read the adapter with fastpeft.load(model, folder)"
+                f"{where} is PEFT's {type(module).__name__}; expected a plain model to read a folder into; "
+                "PEFT's model.load_adapter(folder, name) reads it into this one"
             )
         if find_state(module) is not None or isinstance(module, AdapterMixin):
             raise PatchError(f"{where} is already patched by fastpeft, inside this model")

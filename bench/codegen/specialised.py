@@ -64,8 +64,9 @@ class Launch:
     def covers(self, other: Launch) -> bool:
         """Whether its code holds at least what the code of `other`, of the same group, holds.
 
-        It is the same but for a wider tile of the rank, which is chosen at run time; for operands and branches
-        that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16; for hints.
+        It is the same but for a wider tile of the rank, which is chosen at run time; for operands and
+        branches that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16;
+        for hints.
         """
         if self.rank_tile() < other.rank_tile():
             return False

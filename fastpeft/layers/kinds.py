@@ -11,7 +11,7 @@ from fastpeft.layers.adapter import AdapterMixin
 
 def is_linear_like(module: nn.Module) -> bool:
     """Whether a module is a linear layer of any kind: nn.Linear, a subclass of it, or Conv1D."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def adapter_class(module: nn.Module) -> type[AdapterMixin] | None:
@@ -24,14 +24,15 @@ def adapter_class(module: nn.Module) -> type[AdapterMixin] | None:
         from fastpeft.layers.linear import LoRALinear
 
         return LoRALinear
-    if _is_conv1d(module):
+    if is_conv1d(module):
         from fastpeft.layers.conv1d import LoRAConv1D
 
         return LoRAConv1D
     return None
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is [in, out]."""
     # A Conv1D exists only where its module has been imported already.
     owner = sys.modules.get("transformers.pytorch_utils")
     return owner is not None and type(module) is owner.Conv1D

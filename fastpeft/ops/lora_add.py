@@ -1,7 +1,7 @@
 """LoRA's update on a base product that somebody else made: ``y = base + scaling * (drop(x) A^T) B^T``.
 
-For bases whose product is not ours: quantised linears, modules with hooks, a second adapter on a result. Where
-the weight is at hand, :mod:`fastpeft.ops.lora` fuses the base product too.
+For bases whose product is not ours: quantised linears, modules with hooks, a second adapter on a result.
+Where the weight is at hand, :mod:`fastpeft.ops.lora` fuses the base product too.
 
 Backward, with ``S = drop(x) A^T`` and ``s = scaling``::
 
@@ -98,7 +98,8 @@ def _check(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     expected = [*x.shape[:-1], lora_B.shape[0]]
     if list(base.shape) != expected or lora_B.shape[1] != lora_A.shape[0]:
         raise ShapeError(
-            f"lora_add: expected base [..., out_features] with x's leading sizes and lora_B [out_features, r], "
+            f"lora_add: expected base [..., out_features] with x's leading sizes and "
+            f"lora_B [out_features, r], "
             f"got x {list(x.shape)}, base {list(base.shape)}, lora_A {list(lora_A.shape)} and "
             f"lora_B {list(lora_B.shape)}"
         )
@@ -156,9 +157,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y [..., out_features] and S [tokens, r]."""
     y = base.clone(memory_format=torch.contiguous_format)
-    _, S = _added(
-        flatten_tokens(y), flatten_tokens(x), lora_A, lora_B, scaling, dropout_p, seed, backend
-    )
+    _, S = _added(flatten_tokens(y), flatten_tokens(x), lora_A, lora_B, scaling, dropout_p, seed, backend)
     return y, S
 
 

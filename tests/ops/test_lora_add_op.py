@@ -137,7 +137,9 @@ def test_what_is_saved(backend):
         leaves = {name: t.clone() for name, t in tensors.items()}
         leaves["lora_A"].requires_grad_(train_A)
         leaves["lora_B"].requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             lora_add(*leaves.values(), scaling=SCALING, dropout_p=0.1)
         shapes = sorted(tuple(t.shape) for t in saved)
         assert shapes == sorted([(64, 2), (2, 32), (48, 2), (1,)] + [(64, 32)] * train_A)

@@ -1,0 +1,121 @@
+"""One adapter of a PEFT layer, read afresh at every call: between two, people switch, rescale and swap.
+
+Module internals are read from ``_modules`` and ``_parameters``: ``nn.Module.__getattr__`` costs half a
+microsecond a name, and a call reads a dozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.layers.norm_cache import PLAIN_TYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What one adapter adds: ``scaling * drop(x) lora_A^T lora_B^T + bias``; DoRA has a magnitude."""
+
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+    magnitude: Tensor | None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would do more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def global_hooks() -> bool:
+    """Whether hooks are registered for every module, inner ones included."""
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor is what it looks like: no DTensor, quantised or other subclass."""
+    return type(tensor) in PLAIN_TYPES or _is_fake(tensor)
+
+
+def _is_fake(tensor: object) -> bool:
+    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether other code put its own forward in the module's place."""
+    return "forward" in module.__dict__
+
+
+def read(module: Any, name: str) -> Adapter | str:
+    """Return the adapter ``name`` of a PEFT linear, or why it is PEFT's own business."""
+    modules = module._modules
+    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    for inner, what in ((lora_A, "lora_A"), (lora_B, "lora_B")):
+        if type(inner) is not nn.Linear:
+            return f"{what} is {type(inner).__name__}, not nn.Linear"
+    if has_hooks(lora_A) or has_hooks(lora_B) or has_hooks(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout"
+    if is_replaced(lora_A) or is_replaced(lora_B):
+        return "forward of lora_A or lora_B replaced by other code"
+    A, B = lora_A.weight, lora_B.weight
+    if not is_plain(A) or not is_plain(B):
+        return f"lora_A is {type(A).__name__}, not a plain tensor"
+    if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
+        return "lora_A or lora_B is a shard"  # FSDP1 wraps trainable leaves apart
+    if lora_A.bias is not None:
+        return "lora_A has a bias"
+    if (p := dropout_probability(dropout)) is None:
+        return f"lora_dropout is {type(dropout).__name__}"
+    magnitude: Tensor | None = None
+    if (variant := module.lora_variant.get(name)) is not None:
+        found = _magnitude(module, name, variant, dropout)
+        if isinstance(found, str):
+            return found
+        magnitude = found
+        if lora_B.bias is not None:
+            return "DoRA with lora_bias"
+    scaling = module.scaling[name]
+    if isinstance(scaling, Tensor):
+        # A hot-swap compiled for many adapters keeps the scaling in a tensor; read as a number, it would be a
+        # constant of the compiled code.
+        B, scaling, bias = B * scaling, 1.0, None if lora_B.bias is None else lora_B.bias * scaling
+    else:
+        bias = None if lora_B.bias is None else lora_B.bias * scaling
+    return Adapter(name, A, B, bias, scaling, p, magnitude)
+
+
+def dropout_probability(dropout: nn.Module) -> float | None:
+    """Return what a dropout module drops now; None for one that is not ours to draw."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def _magnitude(module: Any, name: str, variant: object, dropout: nn.Module) -> Tensor | str:
+    if type(variant).__name__ != "DoraLinearVariant":
+        return f"variant {type(variant).__name__.removesuffix('Variant')}"
+    layer = module._modules["lora_magnitude_vector"]._modules[name]
+    if type(layer).__name__ != "DoraLinearLayer" or has_hooks(layer) or is_replaced(layer):
+        return "a magnitude layer of another kind, or with hooks"
+    if type(dropout) is nn.Dropout and dropout.training != module.training:
+        return "DoRA whose dropout is in another mode than its layer"
+    if module.ephemeral_gpu_offload:
+        return "ephemeral_gpu_offload"
+    magnitude: Tensor = layer.weight
+    if not is_plain(magnitude) or magnitude.dim() != 1:
+        return "the magnitude is a shard"
+    return magnitude

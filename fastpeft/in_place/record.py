@@ -1,0 +1,47 @@
+"""What an accelerated PEFT model carries along: which way its calls went, and each layer's norms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fastpeft.layers.norm_cache import NormCache
+
+# fused: base product and adapter in one op. added: the base's own product, our update on it. base: nothing to
+# add (merged, disabled, no active adapter). peft: PEFT's own forward.
+Route = Literal["fused", "added", "base", "peft"]
+LAYER_ATTRIBUTE = "_fastpeft_layer"
+MODEL_ATTRIBUTE = "_fastpeft_in_place"
+
+
+@dataclass
+class Calls:
+    """How often the layers of one model went which way, and why PEFT's; not under compilation."""
+
+    routes: Counter[Route] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def count(self, route: Route, reason: str | None = None) -> None:
+        """Note one call."""
+        if not torch.compiler.is_compiling():
+            self.routes[route] += 1
+            if reason is not None:
+                self.reasons[reason] += 1
+
+
+@dataclass
+class Layer:
+    """One accelerated module: the record of its model, and DoRA's row norms by adapter."""
+
+    calls: Calls
+    norms: dict[str, NormCache] = field(default_factory=dict)
+
+    def norm_cache(self, adapter: str) -> NormCache:
+        """Return the adapter's cache."""
+        cache = self.norms.get(adapter)
+        if cache is None:
+            cache = self.norms[adapter] = NormCache()
+        return cache

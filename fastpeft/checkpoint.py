@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastpeft import peft_format
 from fastpeft.config import LoRA
 from fastpeft.errors import CheckpointError, PatchError
+from fastpeft.in_place.install import is_peft
 from fastpeft.layers.adapter import AdapterSpec
 from fastpeft.patching import adapter_layers, apply_patch, unpatch
 from fastpeft.state import find_state, require_state
@@ -46,6 +47,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         PatchError: the model is not patched.
         CheckpointError: the folder cannot be written; files already there stay whole.
     """
+    if isinstance(model, nn.Module) and is_peft(model):
+        raise PatchError(
+            f"save: this {type(model).__name__} holds PEFT's own layers; "
+            "PEFT's save_pretrained(folder) writes them"
+        )
     state = require_state(model, "save")
     path = Path(folder)
     tensors = {

@@ -382,7 +382,7 @@ def peft_model() -> nn.Module:
         (llama, {"layers_to_transform": [7]}, "outside layers_to_transform"),
         (with_foreign_linear, {"target_modules": ["up_proj"]}, "up_proj: Doubled cannot be patched"),
         (with_hooked_forward, {"target_modules": ["up_proj"]}, "the forward of this Linear was replaced"),
-        (peft_model, {}, "PEFT's PeftModel"),
+        (peft_model, {}, "PeftModel holds adapters of PEFT's"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no repeated blocks"),
     ],
     ids=[

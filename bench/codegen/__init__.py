@@ -16,7 +16,7 @@ What is compiled is what would run: the package's own launchers are called on me
 each kernel family (`families/`, whose docstring says how to add one), with the target's table selected and
 the kernels replaced by recorders (`recording.py`), and each recorded launch is specialised as Triton's JIT
 does (`specialised.py`: strides equal to 1, integers and pointers divisible by 16, pointers within 2 GiB on
-AMD). Equal launches are compiled once (`machine_code.py`), and of those that differ in the tile of the rank
-only the one with the widest (`--every` compiles all). `--quick` keeps each family's default cases: every
-kernel on every target.
+AMD). Equal launches are compiled once (`machine_code.py`), and those that a heavier one covers, with a wider
+tile of the rank or one branch more, not at all (`--every` compiles them too). `--quick` keeps each family's
+default cases: every kernel on every target.
 """

@@ -65,16 +65,19 @@ class Launch:
         """Whether its code holds at least what the code of `other`, of the same group, holds.
 
         It is the same but for a wider tile of the rank, which is chosen at run time; for operands and
-        branches that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16;
-        for hints.
+        branches that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16
+        and fp32 adapters, which are converted, in place of 16-bit ones; for hints.
         """
         if self.rank_tile() < other.rank_tile():
             return False
         ours, theirs = self._arguments(), other._arguments()
-        return ours.keys() == theirs.keys() and all(
-            value in (None, False) or (value == ours[path] and type(value) is type(ours[path]))
-            for path, value in theirs.items()
-        )
+        converts = self.is_16_bit and other.is_16_bit
+
+        def held(value: Any, own: Any) -> bool:
+            same = value == own and type(value) is type(own)
+            return value in (None, False) or same or (converts and (value, own) == ("*bf16", "*fp32"))
+
+        return ours.keys() == theirs.keys() and all(held(value, ours[p]) for p, value in theirs.items())
 
     def _arguments(self) -> dict[Path, Any]:
         """Every argument's type (16-bit ones are one) or compile-time value, less the rank's tile."""

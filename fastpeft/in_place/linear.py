@@ -59,9 +59,10 @@ def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if (problem := _unfit_above(base, adapters if weight is None else adapters[1:])) is not None:
         return _peft(module, problem, x)
     if weight is not None:
-        result, adapters = _fused(layer, base, weight, x, adapters)
+        result, rest = _fused(layer, base, weight, x, adapters)
         layer.calls.count("fused")
-        return _added(module, result, x, adapters, ours=True)
+        # DoRA keeps its output for backward.
+        return _added(module, result, x, rest, ours=adapters[0].magnitude is None)
     result = base(x)
     if result.dtype != _compute_dtype(x) or result.shape[:-1] != x.shape[:-1]:
         return _peft(module, f"a base that turns {x.dtype} into {result.dtype}, or the shape", x)

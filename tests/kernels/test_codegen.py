@@ -19,6 +19,7 @@ from bench.codegen.families import FAMILIES
 from bench.codegen.family import Kernel
 from bench.codegen.loops import Step, natural_loops
 from bench.codegen.machine_code import Measured, Mix, faults
+from bench.codegen.main import heaviest
 from bench.codegen.specialised import Launch
 from bench.codegen.targets import TARGETS
 from fastpeft_kernels import configs
@@ -193,3 +194,32 @@ def test_reading_machine_code() -> None:
     machine_code.read_amdgcn(AMDGCN, measured)
     assert (measured.registers, measured.spill_stores, measured.tensor_core) == (24, 8, {"v_wmma": 1})
     assert measured.loop == Mix(total=5, tensor_core=1, wide_loads=1, other_loads=1, shared_loads=1)
+
+
+def specialised(
+    block_r: int, bias: str | None, adapter: str = "*fp32", branch: bool = True, **changes: object
+) -> Launch:
+    """A launch with a wide operand, an adapter, perhaps a bias, a flag and two tiles."""
+    kinds = ("*bf16", adapter, bias or "constexpr", "constexpr", "constexpr", "constexpr")
+    names = ("p_x", "p_r", "p_bias", "HAS_DROPOUT", "BLOCK_M", "BLOCK_R")
+    constants: list[tuple[tuple[int, ...], object]] = [((3,), branch), ((4,), 64), ((5,), block_r)]
+    constants += [((2,), None)] if bias is None else []
+    return launch(signature=tuple(zip(names, kinds, strict=True)), constants=tuple(constants), **changes)
+
+
+def test_what_a_launch_covers() -> None:
+    full = specialised(32, "*bf16")
+    for less in (
+        specialised(16, "*bf16"),
+        specialised(32, None),
+        specialised(32, "*bf16", branch=False),
+        specialised(32, "*bf16", adapter="*fp16", dtype="fp16"),
+        specialised(32, "*bf16", adapter="*bf16"),
+    ):
+        assert full.covers(less)
+        assert not less.covers(full) or less.dtype == "fp16"
+        assert heaviest([less, full]) == heaviest([full, less]) == [full]
+    assert not full.covers(specialised(64, None)), "a wider tile"
+    assert not full.covers(specialised(32, "*fp32", dtype="fp32")), "another type"
+    other = specialised(16, None, options=(("num_warps", 8),))
+    assert heaviest([full, other]) == [full, other], "other warps"

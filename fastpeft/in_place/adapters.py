@@ -6,26 +6,13 @@ microsecond a name, and a call reads a dozen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.norm_cache import PLAIN_TYPES
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """What one adapter adds: ``scaling * drop(x) lora_A^T lora_B^T + bias``; DoRA has a magnitude."""
-
-    name: str
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float
-    dropout_p: float
-    magnitude: Tensor | None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -77,7 +64,7 @@ def read(module: Any, name: str) -> Adapter | str:
     if lora_A.bias is not None:
         return "lora_A has a bias"
     if (p := dropout_probability(dropout)) is None:
-        return f"lora_dropout is {type(dropout).__name__}"
+        return f"lora_dropout is {dropout}"
     magnitude: Tensor | None = None
     if (variant := module.lora_variant.get(name)) is not None:
         found = _magnitude(module, name, variant, dropout)

@@ -1,13 +1,7 @@
 """The forward of PEFT's LoRA linears, whatever is active, merged, disabled or swapped at the moment.
 
-PEFT's formula, adapter by adapter over an accumulated result:
-
-    LoRA   result = result + scaling * B A drop(x)
-    DoRA   result = result + (m/n - 1) * (result - bias) + (m/n) * scaling * B A x
-
-The first adapter is fused with the base product where the base is a plain linear; several LoRA adapters
-without dropout are one of their ranks' sum. What is computed elsewhere is the base's own product, with our
-update added (quantised bases), or PEFT's forward, for a reason that the model's report gives.
+The numbers are :mod:`fastpeft.layers.adapted`'s. Here is decided, at every call, whether they are ours to
+compute, and which way; what is not goes to PEFT's own forward, for a reason that the model's report gives.
 """
 
 from __future__ import annotations
@@ -18,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.in_place.adapters import Adapter, global_hooks, has_hooks, is_plain, is_replaced, read
+from fastpeft.in_place.adapters import global_hooks, has_hooks, is_plain, is_replaced, read
 from fastpeft.in_place.record import Layer
+from fastpeft.layers.adapted import Adapter, Base, added_linear, fused_linear
 from fastpeft.layers.kinds import is_conv1d
 from fastpeft.ops._common import autocast_is_on
-from fastpeft.ops.dora import dora_linear
-from fastpeft.ops.lora import lora_linear
-from fastpeft.ops.lora_add import lora_add
-from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -56,18 +47,12 @@ def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if (problem := _unfit(module, x, adapters)) is not None:
         return _peft(module, problem, x)
     weight = _fusable_weight(base, x, adapters[0])
-    if (problem := _unfit_above(base, adapters if weight is None else adapters[1:])) is not None:
-        return _peft(module, problem, x)
-    if weight is not None:
-        result, rest = _fused(layer, base, weight, x, adapters)
-        layer.calls.count("fused")
-        # DoRA keeps its output for backward.
-        return _added(module, result, x, rest, ours=adapters[0].magnitude is None)
-    result = base(x)
-    if result.dtype != _compute_dtype(x) or result.shape[:-1] != x.shape[:-1]:
-        return _peft(module, f"a base that turns {x.dtype} into {result.dtype}, or the shape", x)
-    layer.calls.count("added")
-    return _added(module, result, x, adapters, ours=type(base) is nn.Linear and not has_hooks(base))
+    if weight is None:
+        layer.calls.count("added")
+        return added_linear(x, adapters, _base(module))
+    layer.calls.count("fused")
+    bias = base.bias
+    return fused_linear(x, base.weight, weight, bias, adapters, layer.norm_cache, lambda: _base(module))
 
 
 def _peft(module: Any, reason: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,6 +63,19 @@ def _peft(module: Any, reason: str, *args: Any, **kwargs: Any) -> Tensor:
 def _for_base(kwargs: dict[str, Any]) -> dict[str, Any]:
     """PEFT's own keywords do not reach the base layer."""
     return {name: value for name, value in kwargs.items() if name not in ("adapter_names", "alora_offsets")}
+
+
+def _base(module: Any) -> Base:
+    base = module.base_layer
+    own_product = type(base) is nn.Linear and not has_hooks(base) and not is_replaced(base)
+
+    def weight() -> Tensor:
+        inner = module.get_base_layer()
+        # By PEFT's own way for every kind of quantisation.
+        numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
+        return numbers.t() if is_conv1d(inner) else numbers
+
+    return Base(product=base, bias=module.get_base_layer().bias, weight=weight, is_ours=own_product)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -125,99 +123,4 @@ def _fusable_weight(base: Any, x: Tensor, adapter: Adapter) -> Tensor | None:
     weight = weight.t() if transposed else weight
     if weight.shape != (adapter.lora_B.shape[0], adapter.lora_A.shape[1]):
         return None
-    return weight
-
-
-def _fused(
-    layer: Layer, base: Any, weight: Tensor, x: Tensor, adapters: list[Adapter]
-) -> tuple[Tensor, list[Adapter]]:
-    """Return the base product with one adapter (or all of them, stacked), and those that are left."""
-    first, rest = adapters[0], adapters[1:]
-    if rest and not any(a.dropout_p or a.magnitude is not None or a.bias is not None for a in adapters):
-        first, rest = _stacked(adapters), []
-    bias: Tensor | None = base.bias
-    if first.bias is not None:
-        bias = first.bias.to(x.dtype) if bias is None else bias + first.bias.to(bias.dtype)
-    if first.magnitude is None:
-        y = lora_linear(
-            x, weight, bias, first.lora_A, first.lora_B, scaling=first.scaling, dropout_p=first.dropout_p
-        )
-        return y, rest
-    norm = layer.norm_cache(first.name).norm(base.weight, weight, first.lora_A, first.lora_B, first.scaling)
-    y = dora_linear(
-        x,
-        weight,
-        bias,
-        first.lora_A,
-        first.lora_B,
-        first.magnitude,
-        scaling=first.scaling,
-        dropout_p=first.dropout_p,
-        norm=norm,
-    )
-    return y, rest
-
-
-def _stacked(adapters: list[Adapter]) -> Adapter:
-    """LoRA adapters without dropout as one whose rank is the sum of theirs."""
-    A = torch.cat([adapter.lora_A for adapter in adapters])
-    B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=1)
-    return Adapter(adapters[0].name, A, B, None, 1.0, 0.0, None)
-
-
-def _unfit_above(base: nn.Module, adapters: list[Adapter]) -> str | None:
-    """Why PEFT must compute the adapters over a base product that is not ours."""
-    for adapter in adapters:
-        if adapter.magnitude is not None and adapter.dropout_p:
-            return f"DoRA with dropout over {type(base).__name__}: a second product with its weight"
-    return None
-
-
-def _added(module: Any, result: Tensor, x: Tensor, adapters: list[Adapter], *, ours: bool) -> Tensor:
-    """Return the result with one adapter after the other; ``ours``: nobody else reads it."""
-    for adapter in adapters:
-        if adapter.magnitude is None:
-            result = lora_add(
-                result,
-                x,
-                adapter.lora_A,
-                adapter.lora_B,
-                scaling=adapter.scaling,
-                dropout_p=adapter.dropout_p,
-                overwrite=ours,
-            )
-            if adapter.bias is not None:
-                result = result + adapter.bias.to(result.dtype)
-        else:
-            result = _dora_above(module, result, x, adapter)
-        ours = True
-    return result
-
-
-def _dora_above(module: Any, result: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-    """PEFT's DoRA over an accumulated result; dropout is off, or _unfit_above has refused."""
-    base = module.get_base_layer()
-    bias = base.bias
-    with torch.no_grad():
-        weight = _dequantised(base).to(_compute_dtype(x))
-        weight = weight.t() if is_conv1d(base) else weight
-        squared = row_norm_squared(weight)
-        norm = row_norm(weight, adapter.lora_A, adapter.lora_B, adapter.scaling, squared)
-    assert adapter.magnitude is not None
-    z = lora_add(
-        result if bias is None else result - bias.to(result.dtype),
-        x,
-        adapter.lora_A,
-        adapter.lora_B,
-        scaling=adapter.scaling,
-        overwrite=bias is not None,
-    )
-    # In fp32: near 1, where the row scale lives, 16 bits cannot tell a step of the magnitude from none.
-    scaled = z * row_scale(adapter.magnitude, norm)
-    return (scaled if bias is None else scaled + bias).to(result.dtype)
-
-
-def _dequantised(base: nn.Module) -> Tensor:
-    """Return the base's weight as numbers, by PEFT's own way for every kind of quantisation."""
-    weight: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(base)
     return weight

@@ -107,9 +107,13 @@ def test_several_adapters_with_dropout_draw_one_mask_each():
     torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
-def test_mean_of_dropout_is_the_layer_without():
-    model = peft_model(use_dora=True, lora_dropout=0.3)
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "added"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_mean_of_dropout_is_the_layer_without(use_dora, hooked):
+    model = peft_model(use_dora=use_dora, lora_dropout=0.3)
     layer = fastpeft.patch(model).base_model.model.model.layers[0].self_attn.q_proj
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(1, 32)
     expected = layer(x)
     layer.train()

@@ -285,10 +285,7 @@ def test_report_names_what_is_left_to_peft_and_why():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (
-            {"lora_dropout": 0.1, "use_dora": True, "target_modules": ["q_proj"]},
-            "DoRA with dropout over Linear",
-        ),
+        ({"target_modules": ["q_proj"], "lora_dropout": 1.0}, "lora_dropout is Dropout(p=1.0"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "mica"}, "variant MiCALinear"),
     ],
     ids=["dropout-of-all", "variant"],

@@ -7,8 +7,19 @@
 """
 
 from fastpeft._version import __version__
+from fastpeft.adapters import (
+    active_adapters,
+    add_adapter,
+    combine_adapters,
+    delete_adapter,
+    disable_adapters,
+    merge,
+    mixed_batch,
+    set_adapter,
+    unmerge,
+)
 from fastpeft.backend import get_backend, set_backend, use_backend
-from fastpeft.checkpoint import load, save
+from fastpeft.checkpoint import hotswap, load, save
 from fastpeft.config import LoRA
 from fastpeft.errors import (
     BackendError,
@@ -33,14 +44,24 @@ __all__ = [
     "PatchReport",
     "ShapeError",
     "__version__",
+    "active_adapters",
+    "add_adapter",
+    "combine_adapters",
+    "delete_adapter",
+    "disable_adapters",
     "dora_linear",
     "get_backend",
+    "hotswap",
     "load",
     "lora_linear",
+    "merge",
+    "mixed_batch",
     "patch",
     "report",
     "save",
+    "set_adapter",
     "set_backend",
+    "unmerge",
     "unpatch",
     "use_backend",
 ]

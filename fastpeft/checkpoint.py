@@ -21,30 +21,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastpeft import peft_format
+from fastpeft.adapters import active_adapters, add_adapter, remove_adapter
 from fastpeft.config import LoRA
-from fastpeft.errors import CheckpointError, PatchError
+from fastpeft.errors import CheckpointError, ConfigError, PatchError
 from fastpeft.in_place.install import is_peft
 from fastpeft.layers.adapter import AdapterSpec
 from fastpeft.patching import adapter_layers, apply_patch, unpatch
-from fastpeft.state import find_state, require_state
+from fastpeft.state import PatchState, find_state, require_state
+from fastpeft.targets import listed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the model's adapter to a folder that PEFT (``PeftModel.from_pretrained``) and :func:`load` read.
+def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write an adapter to a folder that PEFT (``PeftModel.from_pretrained``) and :func:`load` read.
 
     Args:
         model: a patched model.
         folder: made if it does not exist; files of an earlier save in it are replaced.
+        name: which adapter; default: the active one.
 
     Returns:
         The folder.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, has no such adapter, or several are active and none was named.
         CheckpointError: the folder cannot be written; files already there stay whole.
     """
     if isinstance(model, nn.Module) and is_peft(model):
@@ -53,12 +56,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "PEFT's save_pretrained(folder) writes them"
         )
     state = require_state(model, "save")
+    name = _adapter_to_save(model, state, name)
     path = Path(folder)
     tensors = {
         key: parameter.detach().to("cpu").contiguous().clone()
-        for key, parameter in peft_format.file_parameters(model, state).items()
+        for key, parameter in peft_format.file_parameters(model, state, name).items()
     }
-    config = json.dumps(peft_format.to_peft_config(model, state), indent=2) + "\n"
+    config = json.dumps(peft_format.to_peft_config(model, state, name), indent=2) + "\n"
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as scratch:
@@ -78,8 +82,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -> ModelT:
     """Read an adapter folder, written by :func:`save` or by PEFT, into the model.
 
-    A model that is not patched is patched as the folder's configuration says. A patched one must carry an
-    adapter of the same shape: same modules, ranks, scaling and method.
+    A model that is not patched is patched as the folder's configuration says. A patched one that has no
+    adapter of this name gets it beside the others (:func:`fastpeft.set_adapter` makes it active). An adapter
+    of this name must have the same modules, ranks, scaling and method, and takes the folder's values into its
+    Parameters; :func:`hotswap` asks for less.
 
     Args:
         model: the base model, patched or not.
@@ -99,35 +105,98 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
     config = _read_config(path)
     lora = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
     tensors = _read_weights(path)
-    patched_here = find_state(model) is None
-    if patched_here:
-        try:
+    found = find_state(model)
+    patched_here, added_here = found is None, found is not None and name not in found.configs
+    try:
+        if patched_here:
             apply_patch(model, lora, name, allow_unmatched=True)
-        except PatchError as error:
-            raise CheckpointError(
-                f"{path} does not fit this model{_bases(model, config)}: {error}"
-            ) from error
+        elif added_here:
+            add_adapter(model, name, lora, allow_unmatched=True)
+    except (PatchError, ConfigError) as error:
+        raise CheckpointError(f"{path} does not fit this model{_bases(model, config)}: {error}") from error
     state = require_state(model, "load")
     try:
-        if state.adapter_name != name:
-            raise CheckpointError(
-                f"load: the model carries the adapter {state.adapter_name!r}, asked for {name!r}; "
-                "several adapters in one model are not supported yet"
-            )
-        if not patched_here:
-            reference = {p: layer.specs[name] for p, layer in adapter_layers(model)}
+        if not patched_here and not added_here:
+            reference = {p: layer.specs[name] for p, layer in adapter_layers(model) if name in layer.specs}
             _compare_specs(path, reference, lora)
-        parameters = peft_format.file_parameters(model, state)
+        parameters = peft_format.file_parameters(model, state, name)
         _compare_tensors(path, parameters, tensors, _bases(model, config))
     except CheckpointError:
         if patched_here:
             unpatch(model)
+        elif added_here:
+            remove_adapter(model, name)
         raise
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
     _warn_of_other_base(path, model, config)
     return model
+
+
+def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -> ModelT:
+    """Put another adapter's values into an adapter's Parameters, without a new tensor, shape or number.
+
+    A compiled model, an optimiser and CUDA graphs see the same Parameters: nothing compiles anew. A folder
+    of lower rank fills up with zeros, one of another scaling has the ratio folded into its B. So a model that
+    is to take several adapters in turn is patched with the highest of their ranks.
+
+    Args:
+        model: a patched model with an adapter of this name.
+        folder: an adapter of the same modules and method, whose ranks are no higher.
+        name: the adapter's name in the model.
+
+    Raises:
+        PatchError: the model is not patched or has no adapter of this name.
+        CheckpointError: the folder does not fit; the message lists what differs, and nothing is changed.
+    """
+    state = require_state(model, "hotswap")
+    _adapter_to_save(model, state, name)
+    path = Path(folder)
+    config = _read_config(path)
+    theirs = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
+    tensors = _read_weights(path)
+    parameters = peft_format.file_parameters(model, state, name)
+    prepared: dict[str, Tensor] = {}
+    for module, layer in adapter_layers(model):
+        spec = layer.specs.get(name)
+        if spec is None:
+            continue
+        if spec.use_dora != theirs.use_dora or theirs.rank_of(module) > spec.r:
+            raise CheckpointError(
+                f"{path} does not fit the adapter {name!r}: {module} has r={spec.r} and "
+                f"use_dora={spec.use_dora}, the folder has r={theirs.rank_of(module)} and "
+                f"use_dora={theirs.use_dora}; expected at most that rank and that method"
+            )
+        ratio = theirs.scaling_of(module) / spec.scaling
+        for key, parameter in parameters.items():
+            if key.startswith(f"{peft_format.PREFIX}{module}.lora_") and key in tensors:
+                prepared[key] = _padded(tensors[key], parameter, key, ratio)
+    _compare_tensors(path, parameters, {**tensors, **prepared}, _bases(model, config))
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(prepared.get(key, tensors[key]))
+    return model
+
+
+def _padded(tensor: Tensor, like: Tensor, key: str, ratio: float) -> Tensor:
+    """A lora_A or lora_B of lower rank filled up with zeros; B times the ratio of the scalings."""
+    if ".lora_A" in key or ".lora_embedding_A" in key:
+        return torch.nn.functional.pad(tensor, (0, 0, 0, like.shape[0] - tensor.shape[0]))
+    if ".lora_B" in key or ".lora_embedding_B" in key:
+        return torch.nn.functional.pad(tensor.float() * ratio, (0, like.shape[1] - tensor.shape[1]))
+    return tensor
+
+
+def _adapter_to_save(model: nn.Module, state: PatchState, name: str | None) -> str:
+    if name is None:
+        active = active_adapters(model)
+        if len(active) != 1:
+            raise PatchError(f"save: {listed(active)} are active; name the adapter to save")
+        return active[0]
+    if name not in state.configs:
+        raise PatchError(f"the model has no adapter {name!r}; it has {listed(list(state.configs))}")
+    return name
 
 
 def _flush(path: Path) -> None:

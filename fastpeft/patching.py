@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -84,16 +84,19 @@ def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatch
     if not adapter_name or "." in adapter_name:
         raise PatchError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
     if (state := find_state(model)) is not None:
-        if state.config == config and state.adapter_name == adapter_name:
+        if state.configs.get(adapter_name) == config:
             return model
         raise PatchError(
-            f"this {type(model).__name__} is already patched with {state.config} as {state.adapter_name!r}; "
-            "call fastpeft.unpatch(model) before patching it with another configuration"
+            f"this {type(model).__name__} is already patched with {state.configs[state.owner]} as "
+            f"{state.owner!r}; call fastpeft.add_adapter(model, name, config) for another beside "
+            "it, or fastpeft.unpatch(model) first"
         )
     _refuse_foreign_adapters(model)
     selection = select(model, config, allow_unmatched=allow_unmatched)
     saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
-    replacements = _build(selection, config, adapter_name)
+    replacements = build_layers(selection.targets, config, adapter_name)
+    for layer in replacements.values():
+        layer.active_adapters = (adapter_name,)
     trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
     _swap_in(model, config, adapter_name, selection, replacements, trained)
     logger.info("fastpeft: %s", report(model).summary())
@@ -118,9 +121,15 @@ def unpatch(model: ModelT) -> ModelT:
         raise PatchError(f"unpatch: the model lost parameters that it had at the patch: {listed(gone)}")
     first_layer = next(layer for _, layer in adapter_layers(model))
     cast = first_layer.weight.dtype is not state.base_dtype
+    for path, layer in adapter_layers(model):
+        if layer.merged_adapters and layer._unmerged is None:
+            raise PatchError(f"unpatch: {path} was merged with keep_base=False, its base weight is gone")
+    for _, layer in adapter_layers(model):
+        if layer.merged_adapters:
+            layer.unmerge()
     for path, original in state.originals.items():
         _bring_up_to_date(original, model.get_submodule(path), cast=cast)
-        _set_submodule(model, path, original)
+        set_submodule(model, path, original)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in state.trained_values.items():
@@ -129,6 +138,15 @@ def unpatch(model: ModelT) -> ModelT:
         parameters[name].requires_grad_(flag)
     store_state(model, None)
     return model
+
+
+def restore_layer(model: nn.Module, state: PatchState, path: str) -> None:
+    """Put the original module of a layer whose last adapter is gone back in its place, wherever it stands."""
+    layer = model.get_submodule(path)
+    for place in [p for p in state.originals if model.get_submodule(p) is layer]:
+        original = state.originals.pop(place)
+        _bring_up_to_date(original, layer, cast=False)
+        set_submodule(model, place, original)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -204,30 +222,34 @@ def _modules_to_save(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -
     return found
 
 
-def _build(selection: Selection, config: LoRA, adapter_name: str) -> dict[str, AdapterMixin]:
-    """Return the replacement of every target; a module shared by several paths has one replacement."""
+def build_layers(
+    targets: Mapping[str, nn.Module], config: LoRA, adapter_name: str
+) -> dict[str, AdapterMixin]:
+    """Return the replacement of every target, with the adapter; one that several paths share is made once."""
     by_identity: dict[int, AdapterMixin] = {}
     replacements: dict[str, AdapterMixin] = {}
-    for path, module in selection.targets.items():
+    for path, module in targets.items():
         if id(module) not in by_identity:
             kind = adapter_class(module)
             assert kind is not None, path  # select() has checked it
             layer = kind.__new__(kind)
             layer.adopt(module)
-            layer.add_adapter(
-                adapter_name,
-                AdapterSpec(
-                    r=config.rank_of(path),
-                    scaling=config.scaling_of(path),
-                    lora_dropout=config.lora_dropout,
-                    use_dora=config.use_dora,
-                    dropout_on_base=config.dora_dropout == "base_and_adapter",
-                    init_lora_weights=config.init_lora_weights,
-                ),
-            )
+            layer.add_adapter(adapter_name, spec_for(config, path))
             by_identity[id(module)] = layer
         replacements[path] = by_identity[id(module)]
     return replacements
+
+
+def spec_for(config: LoRA, path: str) -> AdapterSpec:
+    """Return one module's share of a configuration."""
+    return AdapterSpec(
+        r=config.rank_of(path),
+        scaling=config.scaling_of(path),
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        dropout_on_base=config.dora_dropout == "base_and_adapter",
+        init_lora_weights=config.init_lora_weights,
+    )
 
 
 def _swap_in(
@@ -243,14 +265,14 @@ def _swap_in(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, module in [*replacements.items(), *trained.items()]:
-        _set_submodule(model, path, module)
+        set_submodule(model, path, module)
     biases = dict(_trained_biases(model, config))
     for bias in biases.values():
         bias.requires_grad_(True)
     parameters = list(model.parameters())
     state = PatchState(
-        config=config,
-        adapter_name=adapter_name,
+        configs={adapter_name: config},
+        owner=adapter_name,
         originals=originals,
         requires_grad=requires_grad,
         base_dtype=next(iter(replacements.values())).weight.dtype,
@@ -316,6 +338,7 @@ def _bring_up_to_date(original: nn.Module, current: nn.Module, *, cast: bool) ->
         own.data = own.data.to(device=other.device, dtype=other.dtype if cast else own.dtype)
 
 
-def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at ``path``."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module

@@ -12,6 +12,7 @@ from torch import nn
 from fastpeft.config import LoRA
 from fastpeft.errors import CheckpointError, ConfigError
 from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.layers.kinds import is_conv1d_like
 from fastpeft.patching import adapter_layers
 from fastpeft.state import PatchState
 from fastpeft.targets import match_names
@@ -21,16 +22,20 @@ PREFIX = "base_model.model."
 _TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 
 
-def file_parameters(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
-    """Return the Parameters that the adapter's file holds, by their key in it, in the model's order."""
+def file_parameters(model: nn.Module, state: PatchState, name: str) -> dict[str, nn.Parameter]:
+    """Return the Parameters that an adapter's file holds, by their key in it, in the model's order."""
     layers = dict(adapter_layers(model))
-    name = state.adapter_name
     found: dict[str, nn.Parameter] = {}
     for path, layer in layers.items():
-        found[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name]
-        found[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
+        if name not in layer.specs:
+            continue
+        for matrix in ("A", "B"):
+            key = f"lora_embedding_{matrix}" if _is_embedding(layer) else f"lora_{matrix}.weight"
+            found[f"{PREFIX}{path}.{key}"] = getattr(layer, f"lora_{matrix}")[name]
         if layer.specs[name].use_dora:
             found[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
+    if name != state.owner:
+        return found
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for bias_name in state.trained_values:
         owner = bias_name.rpartition(".")[0]
@@ -52,15 +57,16 @@ def normalised_key(key: str) -> str:
     return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
 
 
-def to_peft_config(model: nn.Module, state: PatchState) -> dict[str, Any]:
-    """Return the content of ``adapter_config.json`` for the model's adapter.
+def to_peft_config(model: nn.Module, state: PatchState, name: str) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for one of the model's adapters.
 
     ``target_modules`` is written out, as the shortest names that mean exactly the patched modules, so that
     PEFT and another version of fastpeft find the same ones.
     """
-    layers = dict(adapter_layers(model))
+    layers = {path: layer for path, layer in adapter_layers(model) if name in layer.specs}
+    config = state.configs[name]
     content: dict[str, Any] = {
-        field.name: getattr(state.config, field.name) for field in dataclasses.fields(state.config)
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
     }
     del content["dora_dropout"]  # no field of PEFT's
     content.update(
@@ -69,10 +75,10 @@ def to_peft_config(model: nn.Module, state: PatchState) -> dict[str, Any]:
         base_model_name_or_path=base_model_name(model) or None,
         inference_mode=True,
         fan_in_fan_out=any(_is_transposed(layer) for layer in layers.values()),
-        target_modules=_shortest_names(model, layers, state.config.modules_to_save),
+        target_modules=_shortest_names(model, layers, config.modules_to_save),
         exclude_modules=None,
         layers_to_transform=None,
-        modules_to_save=list(state.config.modules_to_save) or None,
+        modules_to_save=list(config.modules_to_save) or None,
     )
     return dict(sorted(content.items()))
 
@@ -101,7 +107,11 @@ def base_model_name(model: nn.Module) -> str:
 
 
 def _is_transposed(layer: AdapterMixin) -> bool:
-    return layer.weight_out_in() is not layer.weight
+    return is_conv1d_like(layer)
+
+
+def _is_embedding(layer: AdapterMixin) -> bool:
+    return isinstance(layer, nn.Embedding)
 
 
 def _shortest_names(model: nn.Module, layers: Iterable[str], modules_to_save: tuple[str, ...]) -> list[str]:

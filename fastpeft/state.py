@@ -19,8 +19,8 @@ class PatchState:
     """The record of one patch.
 
     Attributes:
-        config: the configuration the model was patched with.
-        adapter_name: the name its adapter has in the model.
+        configs: the configuration of every adapter, by name, in the order in which they came.
+        owner: the adapter that the model was patched with: biases and modules that train whole are its.
         originals: replaced modules by path; a module shared by several paths stands under each.
         requires_grad: the flag of every base Parameter before the patch, by qualified name.
         base_dtype: dtype of the first patched weight at the patch, to tell a later cast of the whole model.
@@ -29,8 +29,8 @@ class PatchState:
         report: what was done to every module.
     """
 
-    config: LoRA
-    adapter_name: str
+    configs: dict[str, LoRA]
+    owner: str
     originals: dict[str, nn.Module]
     requires_grad: dict[str, bool]
     base_dtype: torch.dtype

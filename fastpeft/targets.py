@@ -14,6 +14,7 @@ from fastpeft.errors import PatchError
 from fastpeft.layers.kinds import adapter_class, is_linear_like
 
 _MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")  # PEFT refuses out_proj for these
+_PACKED = ("Params4bit", "Int8Params")  # bitsandbytes': integers that stand for a 2-D matrix
 _SHOWN = 8  # names listed in an error before "and N more"
 
 
@@ -51,7 +52,7 @@ def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selectio
         elif (problem := unpatchable(module)) is None:
             targets[path] = module
         elif explicit and not isinstance(config.target_modules, str):
-            raise PatchError(f"{path}: {problem}; expected nn.Linear or transformers' Conv1D")
+            raise PatchError(f"{path}: {problem}; expected nn.Linear, nn.Embedding, a subclass, or Conv1D")
         else:
             skipped[path] = problem
     unmatched = _unmatched(modules, config) if explicit else ()
@@ -175,7 +176,8 @@ def unpatchable(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return f"the weight of this {kind} is not a plain Parameter"
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+    packed = type(weight).__name__ in _PACKED
+    if not packed and (weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2):
         return f"its weight is {weight.dtype} {list(weight.shape)}, expected a 2-D floating-point matrix"
     return None
 

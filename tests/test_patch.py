@@ -286,7 +286,7 @@ def test_patch_again():
     parameters = list(model.parameters())
     assert fastpeft.patch(model, fastpeft.LoRA(r=2)) is model
     assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-    with pytest.raises(fastpeft.PatchError, match=r"already patched with LoRA\(r=2.*call fastpeft.unpatch"):
+    with pytest.raises(fastpeft.PatchError, match=r"already patched with LoRA\(r=2.*or fastpeft.unpatch"):
         fastpeft.patch(model, fastpeft.LoRA(r=4))
 
 
@@ -355,8 +355,9 @@ class Doubled(nn.Linear):
 
 def with_foreign_linear() -> nn.Module:
     model = llama()
-    model.model.layers[0].mlp.up_proj = Doubled(32, 48)
-    return model
+    torch.manual_seed(2)
+    model.model.layers[0].mlp.up_proj = Doubled(32, 48, bias=False)
+    return model.eval()
 
 
 def with_hooked_forward() -> nn.Module:
@@ -375,19 +376,18 @@ def peft_model() -> nn.Module:
     [
         (llama, {"target_modules": ["q_proj", "gate_prj"]}, "matches 'gate_prj'. Did you mean gate_proj?"),
         (llama, {"target_modules": "nothing.*"}, "no module of the model matches 'nothing.*'"),
-        (llama, {"target_modules": ["embed_tokens"]}, "model.embed_tokens: Embedding cannot be patched"),
+        (llama, {"target_modules": ["input_layernorm"]}, "input_layernorm: LlamaRMSNorm cannot be patched"),
         (llama, {"target_modules": ["self_attn"]}, "LlamaAttention cannot be patched"),
         (llama, {"modules_to_save": ["score"]}, "modules_to_save: no module of the model matches score"),
         (llama, {"exclude_modules": ".*"}, "nothing of LlamaForCausalLM is left to patch"),
         (llama, {"layers_to_transform": [7]}, "outside layers_to_transform"),
-        (with_foreign_linear, {"target_modules": ["up_proj"]}, "up_proj: Doubled cannot be patched"),
         (with_hooked_forward, {"target_modules": ["up_proj"]}, "the forward of this Linear was replaced"),
         (peft_model, {}, "PeftModel holds adapters of PEFT's"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no repeated blocks"),
     ],
     ids=[
-        "typo", "regex", "embedding", "container", "to-save", "all-excluded", "no-layer",
-        "subclass", "replaced-forward", "peft", "no-blocks",
+        "typo", "regex", "norm", "container", "to-save", "all-excluded", "no-layer",
+        "replaced-forward", "peft", "no-blocks",
     ],
 )  # fmt: skip
 def test_refusals_leave_the_model_alone(make, options, said):
@@ -401,9 +401,20 @@ def test_refusals_leave_the_model_alone(make, options, said):
         fastpeft.unpatch(model)
 
 
-def test_a_foreign_linear_is_skipped_with_its_reason_when_not_named():
-    model = fastpeft.patch(with_foreign_linear(), fastpeft.LoRA(r=2))
-    assert "model.layers.0.mlp.up_proj: skipped, Doubled cannot be patched" in str(fastpeft.report(model))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_subclass_keeps_its_own_forward_as_under_peft(use_dora, tmp_path):
+    theirs = peft.get_peft_model(
+        with_foreign_linear(),
+        peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False, use_dora=use_dora),
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = fastpeft.load(with_foreign_linear(), tmp_path)
+    torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits)
+    assert "LoRADoubled" in repr(ours.model.layers[0].mlp.up_proj)
+    twin = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(twin(tokens()).logits, ours(tokens()).logits)
+    fastpeft.unpatch(ours)
+    assert type(ours.model.layers[0].mlp.up_proj) is Doubled
 
 
 def test_other_wrong_arguments():

@@ -1,18 +1,17 @@
-"""The forward of PEFT's LoRA embeddings: ``W[x] + scaling * A^T[x] B^T``, and DoRA's ``m/n`` times it.
+"""The forward of PEFT's LoRA embeddings, whatever is active, merged, disabled or swapped at the moment.
 
-The update is added in the pass of its product: PEFT makes the product, scales it and adds it, in three.
+The numbers are :mod:`fastpeft.layers.embedding`'s; what is not ours goes to PEFT's own forward.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastpeft.in_place.adapters import has_hooks, is_plain
 from fastpeft.in_place.record import Layer
-from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
+from fastpeft.layers.embedding import embedding_row_scale, embedding_with_adapter
 
 
 def embedding_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,24 +57,9 @@ def _with_adapter(
     module: Any, layer: Layer, result: Tensor, x: Tensor, name: str, embed_scale: Tensor | None
 ) -> Tensor:
     A, B, scaling = module.lora_embedding_A[name], module.lora_embedding_B[name], module.scaling[name]
-    dtype, shape = result.dtype, result.shape
-    rows = module._embed(x, A.T).to(dtype).reshape(-1, A.shape[0])  # [tokens, r]
-    right = B.t().to(dtype)
-    flat, own_scaling = result.reshape(-1, shape[-1]), scaling
-    if isinstance(scaling, Tensor):  # as in a hot-swap compiled for many adapters
-        right, scaling = right * scaling.to(dtype), 1.0
-    if embed_scale is not None:
-        right = right * embed_scale.to(dtype)
-    if module.lora_variant.get(name) is None:
-        return torch.addmm(flat, rows, right, alpha=scaling).view(shape)
-    base = module.get_base_layer()
-    weight = base.weight.t()
-    norm = None
-    if not isinstance(own_scaling, Tensor):
-        norm = layer.norm_cache(name).norm(base.weight, weight, A, B, scaling)
-    if norm is None:
-        with torch.no_grad():
-            right_B, factor = (B * own_scaling, 1.0) if isinstance(own_scaling, Tensor) else (B, scaling)
-            norm = row_norm(weight, A, right_B, factor, row_norm_squared(weight))
-    c = row_scale(module.lora_magnitude_vector[name].weight, norm)
-    return (torch.addmm(flat, rows, right, alpha=scaling) * c).to(dtype).view(shape)
+    rows = module._embed(x, A.T)
+    c = None
+    if module.lora_variant.get(name) is not None:
+        m = module.lora_magnitude_vector[name].weight
+        c = embedding_row_scale(module.get_base_layer().weight, A, B, m, scaling, layer.norm_cache(name))
+    return embedding_with_adapter(result, rows, B, scaling, embed_scale, c)

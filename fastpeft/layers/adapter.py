@@ -1,4 +1,4 @@
-"""What every patched linear layer shares: adapter parameters, their initialisation, the fused forward.
+"""What every patched layer shares: adapter parameters by name, their initialisation, switching and merging.
 
 A layer keeps the base's own ``weight`` and ``bias`` Parameters under their own names, so the base model's
 state_dict keys, tied weights and code that reads ``layer.weight`` see no difference. Beside them it holds, by
@@ -9,15 +9,16 @@ adapter name, ``lora_A[name] [r, in_features]``, ``lora_B[name] [out_features, r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastpeft.layers.adapted import Adapter
+from fastpeft.layers.merging import merged_weight
 from fastpeft.layers.norm_cache import NormCache
-from fastpeft.ops.dora import dora_linear
-from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
 
@@ -34,7 +35,7 @@ class AdapterSpec:
 
 
 class AdapterMixin(nn.Module):
-    """Adapter state and forward for a linear module; the sibling base class is the patched module's own.
+    """Adapters of a module; the sibling base class is the patched module's own.
 
     That sibling declares ``weight`` and ``bias``.
     """
@@ -44,12 +45,25 @@ class AdapterMixin(nn.Module):
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
     lora_magnitude_vector: nn.ParameterDict
-    active_adapter: str
     specs: dict[str, AdapterSpec]
+    # Those whose names are here and in `specs` take part in forward, in this order.
+    active_adapters: tuple[str, ...]
+    adapters_enabled: bool
+    merged_adapters: tuple[str, ...]
+    # One name for every row of the next inputs, where rows go by different adapters.
+    row_adapters: tuple[str, ...] | None
 
     def weight_out_in(self) -> Tensor:
-        """Return the base weight as [out_features, in_features], a view."""
+        """Return the base weight as [out_features, in_features], a view; dequantised where it is not one."""
         raise NotImplementedError
+
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the module computes without adapters."""
+        raise NotImplementedError
+
+    def can_merge(self) -> bool:
+        """Whether the weight can take an update."""
+        return True
 
     def adopt(self, base: nn.Module) -> None:
         """Take over the base module's whole state: the same Parameters, buffers, hooks and attributes."""
@@ -62,60 +76,110 @@ class AdapterMixin(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self.specs = {}
-        self._norm_cache = NormCache()
+        self.active_adapters = ()
+        self.adapters_enabled = True
+        self.merged_adapters = ()
+        self.row_adapters = None
+        self._unmerged: Tensor | None = None
+        self._norm_caches: dict[str, NormCache] = {}
+
+    @property
+    def active_adapter(self) -> str:
+        """The first of the active adapters."""
+        return self.active_adapters[0]
 
     def add_adapter(self, name: str, spec: AdapterSpec) -> None:
-        """Create and initialise the parameters of one adapter and make it the active one.
+        """Create and initialise the parameters of one adapter; it is not active yet.
 
-        They are fp32 over a 16-bit base and in the base's dtype otherwise, on the base weight's device.
+        They are fp32 over a 16-bit or quantised base and in the base's dtype otherwise, on its device.
         """
         weight = self.weight_out_in()
         out_features, in_features = weight.shape
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         lora_A = torch.empty(spec.r, in_features, dtype=dtype, device=weight.device)
         lora_B = torch.zeros(out_features, spec.r, dtype=dtype, device=weight.device)
-        if spec.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1.0 / spec.r)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if spec.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        self._initialise(lora_A, lora_B, spec)
         self.lora_A[name] = nn.Parameter(lora_A)
         self.lora_B[name] = nn.Parameter(lora_B)
         self.specs[name] = spec
-        self.active_adapter = name
         if spec.use_dora:
             with torch.no_grad():
                 # The norm that forward computes, so that the row scale starts at exactly 1 where B is zero.
                 norm = row_norm(weight, lora_A, lora_B, spec.scaling, row_norm_squared(weight))
             self.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]: what the layer's forward computes."""
-        name = self.active_adapter
-        spec = self.specs[name]
-        dropout_p = spec.lora_dropout if self.training else 0.0
-        weight, lora_A, lora_B = self.weight_out_in(), self.lora_A[name], self.lora_B[name]
-        if not spec.use_dora:
-            return lora_linear(
-                x, weight, self.bias, lora_A, lora_B, scaling=spec.scaling, dropout_p=dropout_p
-            )
-        return dora_linear(
-            x,
-            weight,
-            self.bias,
-            lora_A,
-            lora_B,
-            self.lora_magnitude_vector[name],
-            scaling=spec.scaling,
-            dropout_p=dropout_p,
-            dropout_on_base=spec.dropout_on_base,
-            norm=self._norm_cache.norm(self.weight, weight, lora_A, lora_B, spec.scaling),
-        )
+    def _initialise(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+        if spec.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1.0 / spec.r)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        if spec.init_lora_weights is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget one adapter, if the layer has it."""
+        for parameters in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if name in parameters:
+                del parameters[name]
+        self.specs.pop(name, None)
+        self._norm_caches.pop(name, None)
+        self.active_adapters = tuple(n for n in self.active_adapters if n != name)
+
+    def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
+        """Return those adapters of these names (default: the active ones) that the layer has."""
+        found = []
+        for name in self.active_adapters if names is None else names:
+            spec = self.specs.get(name)
+            if spec is not None:
+                found.append(
+                    Adapter(
+                        name,
+                        self.lora_A[name],
+                        self.lora_B[name],
+                        None,
+                        spec.scaling,
+                        spec.lora_dropout if self.training else 0.0,
+                        self.lora_magnitude_vector[name] if spec.use_dora else None,
+                        spec.dropout_on_base,
+                    )
+                )
+        return found
+
+    def norm_cache(self, name: str) -> NormCache:
+        """Return the cache of an adapter's row norm."""
+        cache = self._norm_caches.get(name)
+        if cache is None:
+            cache = self._norm_caches[name] = NormCache()
+        return cache
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], *, keep_base: bool) -> bool:
+        """Write these adapters into the weight; False, and nothing done, where the result is not finite.
+
+        The weight as it was goes to host memory if ``keep_base``: no subtraction gives it back to the bit.
+        """
+        weight = self.weight_out_in()
+        merged = merged_weight(weight, self.adapters(names))
+        if not torch.isfinite(merged).all():
+            return False
+        self._unmerged = self.weight.detach().to("cpu", copy=True) if keep_base else None
+        weight.copy_(merged)
+        self.merged_adapters = tuple(names)
+        return True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Write the weight back that was there before :meth:`merge`."""
+        assert self._unmerged is not None
+        self.weight.copy_(self._unmerged)
+        self._unmerged, self.merged_adapters = None, ()
 
     def adapter_repr(self) -> str:
         """Return what the layer's repr adds to the base's."""
-        spec = self.specs[self.active_adapter]
-        method = "DoRA" if spec.use_dora else "LoRA"
-        dropout = f", dropout={spec.lora_dropout}" if spec.lora_dropout else ""
-        return f"{method}(r={spec.r}, scaling={spec.scaling:g}{dropout})"
+        texts = []
+        for name, spec in self.specs.items():
+            method = "DoRA" if spec.use_dora else "LoRA"
+            dropout = f", dropout={spec.lora_dropout}" if spec.lora_dropout else ""
+            label = f"{name}: " if len(self.specs) > 1 else ""
+            texts.append(f"{label}{method}(r={spec.r}, scaling={spec.scaling:g}{dropout})")
+        return ", ".join(texts)

@@ -5,34 +5,52 @@ from __future__ import annotations
 import sys
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.layers.adapter import AdapterMixin
 
 
 def is_linear_like(module: nn.Module) -> bool:
     """Whether a module is a linear layer of any kind: nn.Linear, a subclass of it, or Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d_like(module)
 
 
 def adapter_class(module: nn.Module) -> type[AdapterMixin] | None:
     """Return the drop-in class for a module, or None where there is none.
 
-    Exact classes only: a subclass of nn.Linear may compute something else (quantised linears do), and
-    nn.MultiheadAttention's output projection is a subclass whose forward is never called.
+    A subclass of nn.Linear or nn.Embedding keeps its own forward and has the update added to it. Not
+    nn.MultiheadAttention's output projection, whose forward is never called.
     """
-    if type(module) is nn.Linear:
-        from fastpeft.layers.linear import LoRALinear
+    from fastpeft.layers.embedding import LoRAEmbedding
+    from fastpeft.layers.linear import LoRALinear
 
+    if type(module) is nn.Linear:
         return LoRALinear
     if is_conv1d(module):
         from fastpeft.layers.conv1d import LoRAConv1D
 
         return LoRAConv1D
+    if type(module) is nn.Embedding:
+        return LoRAEmbedding
+    if isinstance(module, AdapterMixin):
+        return type(module)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        from fastpeft.layers.subclass import subclass_with_adapters
+
+        return subclass_with_adapters(type(module))
     return None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, whose weight is [in, out]."""
+    """Whether a module is transformers' Conv1D itself, whose weight is [in, out]."""
     # A Conv1D exists only where its module has been imported already.
     owner = sys.modules.get("transformers.pytorch_utils")
     return owner is not None and type(module) is owner.Conv1D
+
+
+def is_conv1d_like(module: nn.Module) -> bool:
+    """Whether a module is a Conv1D or made from one."""
+    owner = sys.modules.get("transformers.pytorch_utils")
+    return owner is not None and isinstance(module, owner.Conv1D)

@@ -120,6 +120,7 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
             reference = {p: layer.specs[name] for p, layer in adapter_layers(model) if name in layer.specs}
             _compare_specs(path, reference, lora)
         parameters = peft_format.file_parameters(model, state, name)
+        tensors = _without_base_copies(model, parameters, tensors)
         _compare_tensors(path, parameters, tensors, _bases(model, config))
     except CheckpointError:
         if patched_here:
@@ -157,6 +158,7 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
     theirs = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
     tensors = _read_weights(path)
     parameters = peft_format.file_parameters(model, state, name)
+    tensors = _without_base_copies(model, parameters, tensors)
     prepared: dict[str, Tensor] = {}
     for module, layer in adapter_layers(model):
         spec = layer.specs.get(name)
@@ -272,6 +274,20 @@ def _compare_tensors(
     if differences:
         file = path / WEIGHTS_NAME
         raise CheckpointError(f"{file} does not fit the model{bases}:\n  " + _lines(sorted(differences)))
+
+
+def _without_base_copies(
+    model: nn.Module, expected: Mapping[str, nn.Parameter], found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Leave out what PEFT saves of the base beside an adapted embedding, where it is what the model has."""
+    base = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        name = key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")
+        own = base.get(name)
+        return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+
+    return {key: t for key, t in found.items() if key in expected or not is_copy(key, t)}
 
 
 def _lines(differences: list[str], shown: int = 12) -> str:

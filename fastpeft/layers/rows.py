@@ -49,7 +49,7 @@ def added_by_row(
     if all(adapter.magnitude is None for adapter in used):
         return result + S @ B.t()
     product = result if base.bias is None else result - base.bias.to(result.dtype)
-    scaled = (product + S @ B.t()) * _scales(used, base)[chosen].view(*shape[:-1], -1)
+    scaled = (product + S @ B.t()) * _scales(used, base)[chosen].view(len(names), *shape[1:-1], -1)
     return (scaled if base.bias is None else scaled + base.bias).to(result.dtype)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.blocks.install import fuse_blocks
 from fastpeft.config import LoRA, as_lora
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.in_place.install import is_peft
@@ -69,6 +70,7 @@ def add_adapter(
             module.add_adapter(name, spec_for(lora, path))
     state.configs[name] = lora
     _set_flags(model, active_adapters(model))
+    fuse_blocks(model)
     return model
 
 
@@ -123,6 +125,7 @@ def remove_adapter(model: ModelT, name: str) -> ModelT:
         layer.delete_adapter(name)
         if not layer.specs:
             restore_layer(model, state, path)
+    fuse_blocks(model)
     return set_adapter(model, remaining or next(iter(state.configs)))
 
 

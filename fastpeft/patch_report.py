@@ -37,6 +37,7 @@ class PatchReport:
         calls: of a PEFT model accelerated in place: how many calls of its layers went which way. ``fused``:
             base product and adapter in one op; ``added``: our update on the base's own product; ``base``:
             nothing to add (merged, disabled); ``peft``: PEFT's own forward.
+        blocks: linears that are computed together, and what was left alone though it looks like a block.
         reasons: why calls went PEFT's way, with their number.
     """
 
@@ -48,6 +49,7 @@ class PatchReport:
     kernels: tuple[str, ...] = ()
     calls: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
 
     @property
     def patched(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [str(module) for module in self.modules]
+        lines += [f"block {block}" for block in self.blocks]
         lines += [f"backend: {self.backend}"] if self.backend else []
         lines += [f"kernels: {choice}" for choice in self.kernels]
         if self.calls:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft import backend as backends
+from fastpeft.blocks.install import described, fuse_blocks, release_blocks
 from fastpeft.choice import choices
 from fastpeft.config import LoRA, as_lora
 from fastpeft.errors import BackendError, PatchError
@@ -72,7 +73,7 @@ def _accelerate(model: ModelT, config: Any) -> ModelT:
         )
     if find_state(model) is not None:
         raise PatchError(f"this {type(model).__name__} is already patched by fastpeft; unpatch it first")
-    install.accelerate(model)
+    install.accelerate(model, fuse_blocks)
     logger.info("fastpeft: %s", report(model).summary())
     return model
 
@@ -112,6 +113,7 @@ def unpatch(model: ModelT) -> ModelT:
         PatchError: the model is not patched, or modules of it were taken away since; nothing is changed.
     """
     if isinstance(model, nn.Module) and install.find_calls(model) is not None:
+        release_blocks(model)
         install.restore(model)
         return model
     state = require_state(model, "unpatch")
@@ -127,6 +129,7 @@ def unpatch(model: ModelT) -> ModelT:
     for _, layer in adapter_layers(model):
         if layer.merged_adapters:
             layer.unmerge()
+    release_blocks(model)
     for path, original in state.originals.items():
         _bring_up_to_date(original, model.get_submodule(path), cast=cast)
         set_submodule(model, path, original)
@@ -156,9 +159,13 @@ def report(model: nn.Module) -> PatchReport:
         PatchError: the model is not patched.
     """
     if isinstance(model, nn.Module) and install.find_calls(model) is not None:
-        return dataclasses.replace(install.report(model), kernels=choices())
+        return dataclasses.replace(install.report(model), kernels=choices(), blocks=_blocks_of(model))
     done = require_state(model, "report").report
-    return dataclasses.replace(done, backend=_backend_of(model), kernels=choices())
+    return dataclasses.replace(done, backend=_backend_of(model), kernels=choices(), blocks=_blocks_of(model))
+
+
+def _blocks_of(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{path}: {what}" for path, what in described(model))
 
 
 def _backend_of(model: nn.Module) -> str:
@@ -286,6 +293,7 @@ def _swap_in(
         ),
     )
     store_state(model, state)
+    fuse_blocks(model)
 
 
 def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, Tensor]]:

@@ -355,7 +355,7 @@ def test_copies_have_a_cache_of_their_own(policy):
     torch.save(model, buffer)
     buffer.seek(0)
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False), copy.deepcopy(model)):
-        assert twin[0]._norm_cache._norm is None
+        assert twin[0].norm_cache("default")._norm is None
         write_row_of_a(twin[0])
         assert_fresh(twin[0], x)
         assert_fresh(model[0], x)
@@ -379,7 +379,7 @@ def test_nothing_is_left_behind():
     assert set(model.state_dict()) == keys
     assert not any("norm" in key for key in keys)
     fastpeft.unpatch(model)
-    assert not any("_norm_cache" in vars(module) for module in model.modules())
+    assert not any("_norm_caches" in vars(module) for module in model.modules())
 
 
 def test_the_record_of_steps_forgets_dead_parameters(gpu):
@@ -404,11 +404,11 @@ def test_compiled_layers_are_fresh_and_keep_nothing(policy, computed):
         compiled(x)
         write_weight(layer)
         torch.testing.assert_close(compiled(x), model(x))
-    model[0]._norm_cache = norm_cache.NormCache()
+    model[0]._norm_caches.clear()
     computed.clear()
     compiled(x)
     assert not computed
-    assert model[0]._norm_cache._norm is None
+    assert model[0].norm_cache("default")._norm is None
 
 
 def test_functional_calls(policy):
@@ -419,14 +419,14 @@ def test_functional_calls(policy):
         assert_fresh(layer, x)
         other = torch.func.functional_call(layer, values, (x,))
         assert not torch.equal(other, layer(x))
-    kept = layer._norm_cache._norm
+    kept = layer.norm_cache("default")._norm
 
     def inside(A):
-        assert layer._norm_cache.norm(layer.weight, layer.weight, A, parts(layer)[2], 1.0) is None
+        assert layer.norm_cache("default").norm(layer.weight, layer.weight, A, parts(layer)[2], 1.0) is None
         return A.sum()
 
     torch.func.grad(inside)(values["lora_A.default"])
-    assert layer._norm_cache._norm is kept  # nothing of a transform's tensors stays
+    assert layer.norm_cache("default")._norm is kept  # nothing of a transform's tensors stays
     assert_fresh(layer, x)
 
 
@@ -441,14 +441,14 @@ def test_inference_mode_leaves_a_norm_that_training_can_keep(policy):
         made(x)
         made.lora_A["default"].mul_(2.0)
         assert_fresh(made, x)
-    assert made._norm_cache._norm is None
+    assert made.norm_cache("default")._norm is None
 
 
 def test_a_weight_that_trains_is_not_cached():
     layer = dora()[0]
     layer.weight.requires_grad_(True)
     layer(inputs()).sum().backward()
-    assert layer._norm_cache._norm is None
+    assert layer.norm_cache("default")._norm is None
     assert layer.weight.grad is not None
 
 
@@ -467,7 +467,7 @@ def test_selective_checkpointing_counts_the_same_products_twice(policy):
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(x).square().sum(), parameters)
     for layer in model:
-        layer._norm_cache = norm_cache.NormCache()
+        layer._norm_caches.clear()
     loss = checkpoint(model, x, use_reentrant=False, context_fn=context).square().sum()
     for gradient, wanted in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
         assert torch.equal(gradient, wanted)
@@ -514,7 +514,7 @@ def test_reused_in_a_recomputation(use_reentrant, policy, computed):
             p.data.mul_(1.0)
         before = torch.autograd.grad(model(x).square().sum(), parameters)
         for layer in model:
-            layer._norm_cache = norm_cache.NormCache()
+            layer._norm_caches.clear()
         computed.clear()
         checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
         assert len(computed) == 2  # one a layer
@@ -624,7 +624,7 @@ def test_on_a_gpu_a_recomputation_takes_no_other_forwards_norm(use_reentrant, gp
     trained, other = A.detach().clone(), torch.randn_like(A)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), A)
     for exchanged_with_grad in (True, False):
-        layer._norm_cache = norm_cache.NormCache()
+        layer._norm_caches.clear()
         loss = checkpoint(layer, x, use_reentrant=use_reentrant).square().sum()
         A.data.copy_(other)
         with torch.set_grad_enabled(exchanged_with_grad):
@@ -637,7 +637,7 @@ def test_on_a_gpu_a_recomputation_takes_no_other_forwards_norm(use_reentrant, gp
         A.grad = None
         checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()
         gradient = A.grad
-        layer._norm_cache = norm_cache.NormCache()
+        layer._norm_caches.clear()
         (wanted,) = torch.autograd.grad(layer(x).square().sum(), A)
         assert torch.equal(gradient, wanted)
         A.data.copy_(trained)
@@ -652,7 +652,7 @@ def test_on_a_gpu_every_backward_recomputes_for_itself(gpu):
         loss.backward(retain_graph=True)
         write_row_of_a(layer)
         if forget:
-            layer._norm_cache = norm_cache.NormCache()
+            layer._norm_caches.clear()
         loss.backward()
         gradients.append(A.grad)
     assert torch.equal(*gradients)

@@ -57,8 +57,12 @@ def find_calls(model: nn.Module) -> Calls | None:
     return model.__dict__.get(MODEL_ATTRIBUTE)
 
 
-def accelerate(model: nn.Module) -> None:
+def accelerate(model: nn.Module, on_new_layers: Callable[[nn.Module], None]) -> None:
     """Put our forward on every LoRA layer that can have it; on a model that has it, on new layers alone.
+
+    Args:
+        model: holds PEFT's layers.
+        on_new_layers: is called with it now, and with the model that PEFT makes more layers in later.
 
     Raises:
         PatchError: no layer of the model is a LoRA layer.
@@ -73,7 +77,9 @@ def accelerate(model: nn.Module) -> None:
     calls = find_calls(model) or Calls()
     for _, layer in layers:
         _install(layer, calls)
+    calls.on_new_layers = on_new_layers
     model.__dict__[MODEL_ATTRIBUTE] = calls
+    on_new_layers(model)
     _follow_new_layers()
 
 
@@ -113,6 +119,11 @@ def _module_report(path: str, layer: Any) -> ModuleReport:
     ]
     base = type(layer.get_base_layer()).__name__
     return ModuleReport(path, "accelerated", f"{base} with {', '.join(adapters) or 'no adapter'}")
+
+
+def is_linear_layer(layer: nn.Module) -> bool:
+    """Whether a module is one of PEFT's LoRA linears."""
+    return _forward_for(layer) is linear_forward
 
 
 def _is_lora(layer: nn.Module) -> bool:
@@ -162,6 +173,8 @@ def _follow_new_layers() -> None:
         if calls is not None:
             for layer in layers:
                 _install(layer, calls)
+            if calls.on_new_layers is not None:
+                calls.on_new_layers(model)
         return result
 
     inject_adapter._fastpeft = True  # type: ignore[attr-defined]

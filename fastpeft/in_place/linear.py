@@ -29,6 +29,12 @@ def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _peft(module, "adapters disabled while merged, or adapter_names", x, *args, **kwargs)
         layer.calls.count("base")
         return module.base_layer(x, *args, **_for_base(kwargs))  # type: ignore[no-any-return]
+    if layer.siblings is not None and not args and not kwargs:
+        siblings, name = layer.siblings
+        together: Tensor | None = siblings.result(name, x)
+        if together is not None:
+            layer.calls.count("fused")
+            return together
     if args or any(value is not None for value in kwargs.values()):
         names = ", ".join(kwargs) or "more arguments"
         return _peft(module, f"called with {names}", x, *args, **kwargs)
@@ -44,7 +50,7 @@ def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(adapter, str):
             return _peft(module, adapter, x)
         adapters.append(adapter)
-    if (problem := _unfit(module, x, adapters)) is not None:
+    if (problem := unfit(module, x, adapters)) is not None:
         return _peft(module, problem, x)
     weight = _fusable_weight(base, x, adapters[0])
     if weight is None:
@@ -84,7 +90,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _unfit(module: Any, x: Tensor, adapters: list[Adapter]) -> str | None:
+def unfit(module: Any, x: Tensor, adapters: list[Adapter]) -> str | None:
     """Why the adapters cannot be ours for this x."""
     if global_hooks():
         return "global module hooks"

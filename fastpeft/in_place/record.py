@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from fastpeft.layers.norm_cache import NormCache
 
@@ -19,10 +21,14 @@ MODEL_ATTRIBUTE = "_fastpeft_in_place"
 
 @dataclass
 class Calls:
-    """How often the layers of one model went which way, and why PEFT's; not under compilation."""
+    """How often the layers of one model went which way, and why PEFT's; not under compilation.
+
+    ``on_new_layers`` is called with a model in which PEFT has made layers since.
+    """
 
     routes: Counter[Route] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    on_new_layers: Callable[[nn.Module], None] | None = None
 
     def count(self, route: Route, reason: str | None = None) -> None:
         """Note one call."""
@@ -37,6 +43,8 @@ class Layer:
     """One accelerated module: the record of its model, and DoRA's row norms by adapter."""
 
     calls: Calls
+    # (siblings, own name) where it may be computed together with others of its parent (fastpeft.blocks).
+    siblings: Any = None
     norms: dict[str, NormCache] = field(default_factory=dict)
 
     def norm_cache(self, adapter: str) -> NormCache:

@@ -81,10 +81,8 @@ def fused_linear(
         norm_cache: gives the cache of an adapter's row norm.
         base: makes the base for the adapters after the first.
     """
-    first = adapters[0]
-    rest = adapters[1:]
-    if rest and not any(a.dropout_p or a.magnitude is not None or a.bias is not None for a in adapters):
-        first, rest = _stacked(adapters), []
+    one = with_one_adapter(adapters)
+    first, rest = (adapters[0], adapters[1:]) if one is None else (one, [])
     if first.bias is not None:
         bias = first.bias.to(x.dtype) if bias is None else bias + first.bias.to(bias.dtype)
     if first.magnitude is None:
@@ -136,8 +134,12 @@ def adapters_over(result: Tensor, x: Tensor, adapters: list[Adapter], base: Base
     return result
 
 
-def _stacked(adapters: list[Adapter]) -> Adapter:
-    """LoRA adapters without dropout as one whose rank is the sum of theirs."""
+def with_one_adapter(adapters: list[Adapter]) -> Adapter | None:
+    """Return one adapter that does what they do: itself, or LoRA without dropout of their ranks' sum."""
+    if len(adapters) == 1:
+        return adapters[0]
+    if any(a.dropout_p or a.magnitude is not None or a.bias is not None for a in adapters):
+        return None
     A = torch.cat([adapter.lora_A for adapter in adapters])
     B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=1)
     return Adapter(adapters[0].name, A, B, None, 1.0, 0.0, None)

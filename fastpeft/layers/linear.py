@@ -19,6 +19,8 @@ class LinearMixin(AdapterMixin):
 
     # Whether the product with the weight is a plain one, which ours can take the place of.
     has_plain_product = True
+    # (siblings, own name) where it may be computed together with others of its parent (fastpeft.blocks).
+    siblings: Any = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -27,6 +29,11 @@ class LinearMixin(AdapterMixin):
         if self.row_adapters is not None:
             result = self.base_forward(x, *args, **kwargs)
             return added_by_row(result, x, self.row_adapters, self.adapters(list(self.specs)), self._base())
+        if self.siblings is not None and not args and not kwargs:
+            siblings, name = self.siblings
+            together: Tensor | None = siblings.result(name, x)
+            if together is not None:
+                return together
         adapters = self.adapters()
         if not adapters:
             return self.base_forward(x, *args, **kwargs)

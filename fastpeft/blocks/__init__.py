@@ -1,0 +1,1 @@
+"""Linears that belong together, found by what they do: those that share an input, and gated MLPs."""

@@ -1,0 +1,62 @@
+"""Which children a module's forward calls with the same variable: read from its source, for any class."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+Place = tuple[int, int]
+
+
+def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return, of a class's children ``names``, those that forward calls with one variable, in that order.
+
+    ``self.q_proj(x)`` and ``self.k_proj(x)`` belong together where x is not assigned to in between. It is
+    read line by line, without regard to branches: whoever acts on it compares the tensors. A class without
+    source has none.
+    """
+    groups: dict[object, list[str]] = {}
+    for name, argument in _calls(kind):
+        if name in names and name not in groups.get(argument, []):
+            groups.setdefault(argument, []).append(name)
+    seen: set[str] = set()
+    runs = []
+    for group in groups.values():  # a child that is called in several places is in none of the later groups
+        if len(group) > 1 and not seen.intersection(group):
+            runs.append(tuple(group))
+            seen.update(group)
+    return tuple(runs)
+
+
+@cache
+def _calls(kind: Any) -> tuple[tuple[str, object], ...]:
+    """Every ``self.name(variable, ..)`` of a forward: the name, and what tells the variable's value."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    stores = [(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_store(n)]
+    found: list[tuple[Place, str, object]] = []
+    for call, name, variable in _method_calls(tree):
+        # A statement's target is assigned after its value is computed, so its own line does not count.
+        version = sum(stored == variable and line < call.lineno for stored, line in stores)
+        found.append(((call.lineno, call.col_offset), name, (variable, version)))
+    return tuple((name, argument) for _, name, argument in sorted(found, key=lambda entry: entry[0]))
+
+
+def _is_store(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+def _method_calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str, str]]:
+    """Yield (call, name, variable) of every ``self.name(variable, ..)``."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=[ast.Name(id=variable), *_]
+            ):
+                yield node, name, variable

@@ -1,0 +1,260 @@
+"""Blocks: found in any class by what its forward does, computed as one op, and left alone where in doubt."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastpeft
+from fastpeft.blocks import gated, shared
+from fastpeft.blocks.install import described
+from fastpeft.blocks.source import called_together
+from tests.in_place.cases import assert_same_as_peft, peft_model
+from tests.models import llama, tokens
+from tests.tolerance import relative_error
+
+HIDDEN, WIDE = 12, 20
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(HIDDEN, HIDDEN)
+        self.to_k = nn.Linear(HIDDEN, HIDDEN // 2)
+        self.to_v = nn.Linear(HIDDEN, HIDDEN // 2)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x, other=None):
+        q = self.to_q(x)
+        if other is not None:
+            return q + self.to_k(other).sum() + self.to_v(other).sum()
+        k, v = (self.to_k(x), self.to_v(x))
+        x = q * torch.cat([k, v], dim=-1)
+        return self.out(x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, factor: float = 1.0, activation=F.silu, swap: bool = False) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(HIDDEN, WIDE, bias=False), nn.Linear(HIDDEN, WIDE, bias=False)
+        self.back = nn.Linear(WIDE, HIDDEN, bias=False)
+        self.factor, self.activation, self.swap = factor, activation, swap
+
+    def forward(self, x):
+        a, b = (self.two(x), self.one(x)) if self.swap else (self.one(x), self.two(x))
+        return self.back(self.activation(a) * b) * self.factor
+
+
+def blocks(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*copy.deepcopy(layers))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def patched(model: nn.Module, **options) -> nn.Module:
+    torch.manual_seed(1)
+    config = fastpeft.LoRA(r=2, target_modules=".*", init_lora_weights=False, **options)
+    return fastpeft.patch(copy.deepcopy(model), config)
+
+
+def gradients(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    x = [t.clone().requires_grad_() for t in inputs]
+    y = model(*x)
+    leaves = x + [p for p in model.parameters() if p.requires_grad]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    return [y, *(torch.zeros(()) if g is None else g for g in found)]
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """By norm: rounding errors of the largest elements are larger than some small elements."""
+    assert relative_error(got, want.detach()) <= 1e-5 or got.norm() + want.norm() == 0.0
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """A copy without blocks."""
+    twin = copy.deepcopy(model)
+    from fastpeft.blocks.install import release_blocks
+
+    release_blocks(twin)
+    return twin
+
+
+def test_forwards_are_read_line_by_line():
+    names = ("to_q", "to_k", "to_v", "out")
+    assert called_together(Attention, names) == (("to_q", "to_k", "to_v"),)
+    assert called_together(Attention, ("to_k", "to_v", "out")) == (("to_k", "to_v"),)
+    assert called_together(Mlp, ("one", "two", "back")) == (("two", "one"),)
+    assert called_together(type("Made", (nn.Module,), {"forward": len}), ("a",)) == ()
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "layers",
+    [(Attention(),), (Mlp(),), (Mlp(activation=F.gelu, swap=True),), (Attention(), Mlp())],
+    ids=["attention", "swiglu", "geglu-swapped", "both"],
+)
+def test_blocks_compute_what_their_linears_do(layers, use_dora):
+    model = patched(blocks(*layers), use_dora=use_dora)
+    assert len(fastpeft.report(model).blocks) == len(layers)
+    x = torch.randn(3, 4, HIDDEN)
+    with (
+        mock.patch.object(shared, "stacked_linear", wraps=shared.stacked_linear) as stacked,
+        mock.patch.object(gated, "gated_mlp", wraps=gated.gated_mlp) as one_op,
+    ):
+        found = gradients(model, x)
+        assert stacked.call_count == sum(isinstance(layer, Attention) for layer in layers)
+        assert one_op.call_count == sum(isinstance(layer, Mlp) for layer in layers)
+        expected = gradients(unfused(model), x)
+        assert stacked.call_count + one_op.call_count == len(layers)
+    for got, want in zip(found, expected, strict=True):
+        assert_close(got, want)
+
+
+def test_a_linear_called_with_another_tensor_computes_its_own():
+    model = patched(blocks(Attention()))
+    x, other = torch.randn(2, 3, HIDDEN), torch.randn(2, 5, HIDDEN)
+    expected = gradients(unfused(model)[0], x, other)
+    for _ in range(shared.MAX_MISSES):
+        for got, want in zip(gradients(model[0], x, other), expected, strict=True):
+            assert_close(got, want)
+    assert model[0]._fastpeft_siblings.runs == ()  # given up: it costs products that nobody wants
+    assert_close(model[0](x), unfused(model)[0](x))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Mlp(factor=2.0), "its forward is not down"),
+        (Mlp(activation=F.relu), "its forward is not down"),
+        (Mlp(activation=lambda x: F.silu(x).clamp(max=0.1)), "its forward is not down"),
+    ],
+    ids=["factor", "relu", "clamp"],
+)
+def test_what_is_not_quite_a_gated_mlp_is_left_alone_and_reported(module, reason):
+    plain = blocks(module)
+    model = patched(plain)
+    assert any(reason in line for line in fastpeft.report(model).blocks)
+    assert "forward" not in model[0].__dict__
+    x = torch.randn(3, HIDDEN)
+    assert_close(model(x), unfused(model)(x))
+
+
+def test_a_dropout_or_a_replaced_forward_keeps_a_module_as_it_is():
+    dropping, replaced = Mlp(), Mlp()
+    dropping.drop = nn.Dropout(0.5)
+    plain = blocks(dropping, replaced)
+    plain[1].forward = plain[1].forward
+    lines = fastpeft.report(patched(plain)).blocks
+    assert "0: like a gated MLP, but it has a dropout of its own" in lines
+    assert "1: like a gated MLP, but its forward was replaced by other code" in lines
+
+
+def test_hooks_on_a_linear_are_called():
+    model = patched(blocks(Attention(), Mlp()))
+    seen = []
+    for path in ("0.to_k", "1.back", "1.two"):
+        model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: seen.append((path, o)))
+    x = torch.randn(3, HIDDEN)
+    y = model(x)
+    assert [path for path, _ in seen] == ["0.to_k", "1.two", "1.back"]
+    assert_close(seen[-1][1], y)
+    assert_close(seen[0][1], unfused(model)[0].to_k(x))
+
+
+def test_disabled_merged_mixed_and_several_adapters():
+    model = patched(blocks(Attention(), Mlp()))
+    fastpeft.add_adapter(model, "second", fastpeft.LoRA(r=1, target_modules=".*", init_lora_weights=False))
+    x = torch.randn(3, HIDDEN)
+    for names in ("default", ["default", "second"]):
+        fastpeft.set_adapter(model, names)
+        assert_close(model(x), unfused(model)(x))
+        merged = fastpeft.merge(copy.deepcopy(model))(x)
+        assert_close(merged, model(x))
+    with fastpeft.disable_adapters(model):
+        assert torch.equal(model(x), blocks(Attention(), Mlp())(x))
+    with fastpeft.mixed_batch(model, ["default", "second", "__base__"]):
+        assert_close(model(x), unfused(model)(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.2}], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same(options, reentrant):
+    model = patched(blocks(Attention(), Mlp()), **options).train()
+    x = torch.randn(4, HIDDEN, requires_grad=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(2):
+        torch.manual_seed(3)
+        direct = torch.autograd.grad(model(x).square().sum(), parameters)
+        torch.manual_seed(3)
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        for parameter, want in zip(parameters, direct, strict=True):
+            assert torch.equal(parameter.grad, want)
+            parameter.grad = None
+
+
+def test_copies_and_pickles_are_blocks_of_their_own():
+    model = patched(blocks(Attention(), Mlp()))
+    x = torch.randn(2, HIDDEN)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(list(described(twin))) == 2
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not twin(x).any()
+    assert torch.equal(model(x), expected)
+    fastpeft.unpatch(model)
+    assert not list(described(model))
+    assert "forward" not in model[1].__dict__
+    assert torch.equal(model(x), blocks(Attention(), Mlp())(x))
+
+
+def test_only_modules_with_adapters_are_touched():
+    model = fastpeft.patch(blocks(Attention(), Mlp()), fastpeft.LoRA(r=2, target_modules=["to_q", "to_v"]))
+    assert fastpeft.report(model).blocks == ("0: to_q, to_v share their input and are one op",)
+    one = fastpeft.patch(blocks(Mlp()), fastpeft.LoRA(r=2, target_modules=["back"], init_lora_weights=False))
+    assert len(fastpeft.report(one).blocks) == 1
+    x = torch.randn(3, HIDDEN)
+    assert_close(one(x), unfused(one)(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_peft_models_in_place(options):
+    untouched = peft_model(**options)
+    model = fastpeft.patch(copy.deepcopy(untouched))
+    assert len(fastpeft.report(model).blocks) == 4
+    assert_same_as_peft(model, untouched)
+    before = dict(fastpeft.report(model).calls)
+    model(tokens())
+    assert fastpeft.report(model).calls["fused"] - before["fused"] == 14
+    model.add_adapter("new", LoraConfig(target_modules=["lm_head"]))
+    model.set_adapter("new")
+    untouched.add_adapter("new", LoraConfig(target_modules=["lm_head"]))
+    untouched.set_adapter("new")
+    model.base_model.model.lm_head.lora_A["new"].load_state_dict(
+        untouched.base_model.model.lm_head.lora_A["new"].state_dict()
+    )
+    assert_close(model(tokens()).logits, untouched(tokens()).logits)
+
+
+def test_compiles_whole():
+    for model in (
+        fastpeft.patch(llama(), fastpeft.LoRA(r=2)),
+        fastpeft.patch(get_peft_model(llama(), LoraConfig())),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(tokens()).logits, model(tokens()).logits)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(tokens())

@@ -110,9 +110,17 @@ def fastpeft(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
     return Contender(f"fastpeft-{_method(adapter)}", fastpeft_model(copy.deepcopy(base), adapter), ids)
 
 
+def in_place(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
+    """PEFT's model accelerated in place by fastpeft."""
+    import fastpeft
+
+    model = fastpeft.patch(peft_model(copy.deepcopy(base), adapter))
+    return Contender(f"inplace-{_method(adapter)}", model, ids)
+
+
 AdapterBuilder = Callable[[nn.Module, Tensor, Adapter], Contender]
 BASELINES: dict[str, Callable[[nn.Module, Tensor], Contender]] = {"frozen": frozen, "full": full}
-SIDES: dict[str, AdapterBuilder] = {"peft": peft, "fastpeft": fastpeft}
+SIDES: dict[str, AdapterBuilder] = {"peft": peft, "inplace": in_place, "fastpeft": fastpeft}
 NAMES = (*BASELINES, *(f"{side}-{method}" for method in ("lora", "dora") for side in SIDES))
 
 
@@ -164,12 +172,18 @@ def fastpeft_model(model: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def copy_adapters(source: Contender, target: Contender) -> None:
-    """Give `target`, a fastpeft model, the adapter weights of `source`, through PEFT's files."""
+    """Give `target`, fastpeft's or PEFT's, the adapter weights of `source`, through PEFT's files."""
     import fastpeft
 
     with tempfile.TemporaryDirectory() as folder:
         source.save(Path(folder))
-        fastpeft.load(target.model, folder)
+        if hasattr(target.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(target.model, load_file(Path(folder) / "adapter_model.safetensors"))
+        else:
+            fastpeft.load(target.model, folder)
 
 
 def _method(adapter: Adapter) -> str:

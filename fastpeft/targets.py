@@ -6,9 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from fastpeft.blocks.source import weights_read
 from fastpeft.config import ALL_LINEAR, LoRA
 from fastpeft.errors import PatchError
 from fastpeft.layers.kinds import adapter_class, is_linear_like
@@ -63,6 +65,9 @@ def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selectio
     for path, module in modules.items():
         if path not in targets and path not in skipped and is_linear_like(module):
             skipped[path] = "not targeted"
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
+                skipped[f"{path}.{name}"] = f"3-D weight {list(parameter.shape)}, as of stacked experts"
     return Selection(targets, skipped, unmatched)
 
 
@@ -125,11 +130,14 @@ def _implicit(
     skipped: dict[str, str],
 ) -> list[str]:
     linears = [path for path, module in modules.items() if path and is_linear_like(module)]
-    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES:
-        for path in linears:
-            if path.endswith("out_proj"):
-                skipped[path] = "Mamba's fused kernel reads its weight without calling it"
-        linears = [path for path in linears if path not in skipped]
+    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
+    for path in linears:
+        parent, _, name = path.rpartition(".")
+        if (mamba and name == "out_proj") or (
+            config.target_modules is None and _is_read(modules[parent], name)
+        ):
+            skipped[path] = f"{type(modules[parent]).__name__} reads its weight without calling it"
+    linears = [path for path in linears if path not in skipped]
     if config.target_modules is None:
         return [path for path in linears if _block_index(path, blocks) is not None]
     get_output = getattr(model, "get_output_embeddings", None)
@@ -142,6 +150,11 @@ def _implicit(
         if id(modules[path]) in heads:
             skipped[path] = "output layer, not part of all-linear"
     return [path for path in linears if path not in skipped]
+
+
+def _is_read(parent: nn.Module, name: str) -> bool:
+    kind: Any = type(parent)
+    return name in weights_read(kind)
 
 
 def _left_out(path: str, blocks: dict[str, int], config: LoRA) -> str | None:

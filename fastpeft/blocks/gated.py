@@ -60,11 +60,12 @@ def find_roles(module: nn.Module, linears: dict[str, tuple[int, int]]) -> Gated 
         inside, outside = linears[down]
         if linears[gate] != linears[up] or linears[gate] != (outside, inside):
             continue
-        shape_fits = True
+        # Three square linears are an attention's more often than an MLP's: nothing to say if they are not.
+        shape_fits = inside != outside
         if is_replaced(module):
-            return "its forward was replaced by other code"
+            return "its forward was replaced by other code" if shape_fits else None
         if any(isinstance(child, nn.Dropout) and child.p > 0.0 for child in module.children()):
-            return "it has a dropout of its own"
+            return "it has a dropout of its own" if shape_fits else None
         roles = _confirmed(module, gate, up, down)
         if roles is not None:
             return roles

@@ -1,4 +1,7 @@
-"""Which children a module's forward calls with the same variable: read from its source, for any class."""
+"""What a module does with its children, read from its source, for any class.
+
+Which of them its forward calls with the same variable, and whose weights it takes without calling them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from functools import cache
 from typing import Any
 
 Place = tuple[int, int]
+_LOOKS = ("data", "device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size")
 
 
 def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -46,6 +50,34 @@ def _calls(kind: Any) -> tuple[tuple[str, object], ...]:
         version = sum(stored == variable and line < call.lineno for stored, line in stores)
         found.append(((call.lineno, call.col_offset), name, (variable, version)))
     return tuple((name, argument) for _, name, argument in sorted(found, key=lambda entry: entry[0]))
+
+
+@cache
+def weights_read(kind: Any) -> frozenset[str]:
+    """Return the children whose ``self.name.weight`` a method of a class reads instead of calling them.
+
+    Mamba's mixer hands the weights of its projections to a kernel: an adapter on them would never be asked.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    found: set[str] = set()
+    for method in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        found |= _weights(method) - {name for _, name, _ in _method_calls(method)}
+    return frozenset(found)
+
+
+def _weights(method: ast.FunctionDef) -> set[str]:
+    """The names in every ``self.name.weight`` that is more than looked at."""
+    looked_at = {id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in _LOOKS}
+    found = set()
+    for node in ast.walk(method):
+        match node:
+            case ast.Attribute(attr="weight", value=ast.Attribute(value=ast.Name(id="self"), attr=name)):
+                if id(node) not in looked_at and isinstance(node.ctx, ast.Load):
+                    found.add(name)
+    return found
 
 
 def _is_store(name: ast.Name) -> bool:

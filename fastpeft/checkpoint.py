@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastpeft import peft_format
+from fastpeft import peft_format, sharding
 from fastpeft.adapters import active_adapters, add_adapter, remove_adapter
 from fastpeft.config import LoRA
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
@@ -40,7 +40,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
 
     Args:
         model: a patched model.
-        folder: made if it does not exist; files of an earlier save in it are replaced.
+        folder: made if it does not exist; files of an earlier save in it are replaced. Of a sharded model
+            (FSDP2) every rank must call; the first one writes the whole adapter.
         name: which adapter; default: the active one.
 
     Returns:
@@ -58,11 +59,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     state = require_state(model, "save")
     name = _adapter_to_save(model, state, name)
     path = Path(folder)
-    tensors = {
-        key: parameter.detach().to("cpu").contiguous().clone()
-        for key, parameter in peft_format.file_parameters(model, state, name).items()
-    }
+    parameters = peft_format.file_parameters(model, state, name)
+    tensors = {key: sharding.whole(parameter) for key, parameter in parameters.items()}
     config = json.dumps(peft_format.to_peft_config(model, state, name), indent=2) + "\n"
+    if not sharding.is_sharded(parameters.values()):
+        _write(path, tensors, config)
+    elif error := sharding.on_first_rank(lambda: _write(path, tensors, config)):
+        raise CheckpointError(error)
+    return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor], config: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as scratch:
@@ -76,7 +83,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         _flush(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"save: cannot write to {path}: {error}") from error
-    return path
 
 
 def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -> ModelT:
@@ -130,7 +136,7 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
         raise
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            sharding.copy_into(parameter, tensors[key])
     _warn_of_other_base(path, model, config)
     return model
 
@@ -177,7 +183,7 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
     _compare_tensors(path, parameters, {**tensors, **prepared}, _bases(model, config))
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(prepared.get(key, tensors[key]))
+            sharding.copy_into(parameter, prepared.get(key, tensors[key]))
     return model
 
 

@@ -75,12 +75,17 @@ def accelerate(model: nn.Module, on_new_layers: Callable[[nn.Module], None]) -> 
             + (f", only {', '.join(kinds)}" if kinds else "; add an adapter first, or patch its base model")
         )
     calls = find_calls(model) or Calls()
-    for _, layer in layers:
-        _install(layer, calls)
+    accelerate_layers(model, calls)
     calls.on_new_layers = on_new_layers
     model.__dict__[MODEL_ATTRIBUTE] = calls
     on_new_layers(model)
     _follow_new_layers()
+
+
+def accelerate_layers(model: nn.Module, calls: Calls) -> None:
+    """Put our forward on the LoRA layers inside ``model`` that can have it, and count their calls."""
+    for _, layer in tuner_layers(model):
+        _install(layer, calls)
 
 
 def restore(model: nn.Module) -> None:
@@ -171,8 +176,7 @@ def _follow_new_layers() -> None:
             (layer.__dict__[LAYER_ATTRIBUTE].calls for layer in layers if is_accelerated(layer)), None
         )
         if calls is not None:
-            for layer in layers:
-                _install(layer, calls)
+            accelerate_layers(model, calls)
             if calls.on_new_layers is not None:
                 calls.on_new_layers(model)
         return result

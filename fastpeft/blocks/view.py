@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.in_place import linear as pefts
-from fastpeft.in_place.adapters import global_hooks, has_hooks, is_plain, is_replaced, read
+from fastpeft.in_place.adapters import (
+    global_hooks,
+    has_hooks,
+    is_activated,
+    is_plain,
+    is_replaced,
+    read,
+)
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.layers.adapted import Adapter, with_one_adapter
 from fastpeft.layers.kinds import is_conv1d, is_conv1d_like
@@ -66,6 +73,8 @@ def _pefts_view(layer: Any, x: Tensor) -> View | None:
         known = layer._modules["lora_A"]._modules
         for name in layer.active_adapters:
             if name in known:
+                if is_activated(layer, name):
+                    return None
                 adapter = read(layer, name)
                 if isinstance(adapter, str):
                     return None

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.norm_cache import PLAIN_TYPES
 
+_ACTIVATED = "ALoraLinearVariant"
+# Forwards that are LoRA's: none, minor components' (arXiv 2604.01694), and, for its tokens, activated LoRA's.
+_LIKE_LORA = ("NoneType", "MiCALinearVariant", _ACTIVATED)
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would do more than its forward."""
@@ -66,13 +70,20 @@ def read(module: Any, name: str) -> Adapter | str:
     if (p := dropout_probability(dropout)) is None:
         return f"lora_dropout is {dropout}"
     magnitude: Tensor | None = None
-    if (variant := module.lora_variant.get(name)) is not None:
-        found = _magnitude(module, name, variant, dropout)
+    variant = type(module.lora_variant.get(name)).__name__
+    if variant == "DoraLinearVariant":
+        found = _magnitude(module, name, dropout)
         if isinstance(found, str):
             return found
         magnitude = found
         if lora_B.bias is not None:
             return "DoRA with lora_bias"
+    elif variant == "KasaLinearVariant":
+        if name in (getattr(module, "_lora_kasa_truncation_deferred", None) or ()):
+            return "KaSA whose truncation of the base is still due"
+        B = B * module.lora_diag[name]  # arXiv 2412.06071: scaling * B diag(s) A
+    elif variant not in _LIKE_LORA:
+        return f"variant {variant.removesuffix('Variant')}"
     scaling = module.scaling[name]
     if isinstance(scaling, Tensor):
         # A hot-swap compiled for many adapters keeps the scaling in a tensor; read as a number, it would be a
@@ -92,9 +103,12 @@ def dropout_probability(dropout: nn.Module) -> float | None:
     return dropout.p if dropout.training else 0.0
 
 
-def _magnitude(module: Any, name: str, variant: object, dropout: nn.Module) -> Tensor | str:
-    if type(variant).__name__ != "DoraLinearVariant":
-        return f"variant {type(variant).__name__.removesuffix('Variant')}"
+def is_activated(module: Any, name: str) -> bool:
+    """Whether an adapter is an activated LoRA (arXiv 2504.12397): only for tokens from its invocation on."""
+    return type(module.lora_variant.get(name)).__name__ == _ACTIVATED
+
+
+def _magnitude(module: Any, name: str, dropout: nn.Module) -> Tensor | str:
     layer = module._modules["lora_magnitude_vector"]._modules[name]
     if type(layer).__name__ != "DoraLinearLayer" or has_hooks(layer) or is_replaced(layer):
         return "a magnitude layer of another kind, or with hooks"

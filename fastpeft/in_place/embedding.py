@@ -33,8 +33,9 @@ def embedding_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def _not_ours(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    if args or any(value is not None for value in kwargs.values()):
-        return f"called with {', '.join(kwargs) or 'more arguments'}"
+    given = [name for name, value in kwargs.items() if value is not None and name != "alora_offsets"]
+    if args or given:
+        return f"called with {', '.join(given) or 'more arguments'}"
     if module._disable_adapters and module.merged_adapters:
         return "adapters disabled while merged"
     if module.get_base_layer().max_norm is not None:

@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.in_place.adapters import global_hooks, has_hooks, is_plain, is_replaced, read
+from fastpeft.in_place.adapters import (
+    global_hooks,
+    has_hooks,
+    is_activated,
+    is_plain,
+    is_replaced,
+    read,
+)
 from fastpeft.in_place.record import Layer
 from fastpeft.layers.adapted import Adapter, Base, added_linear, fused_linear
 from fastpeft.layers.kinds import is_conv1d
+from fastpeft.layers.rows import added_by_row
 from fastpeft.ops._common import autocast_is_on
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -24,34 +32,45 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What ``module(x)`` computes, for a PEFT layer whose lora_A and lora_B are linears."""
     layer: Layer = module._fastpeft_layer
-    if module._disable_adapters or module.merged_adapters:
-        if (module._disable_adapters and module.merged_adapters) or kwargs.get("adapter_names") is not None:
-            return _peft(module, "adapters disabled while merged, or adapter_names", x, *args, **kwargs)
+    names = kwargs.get("adapter_names")
+    if module._disable_adapters or (module.merged_adapters and names is None):
+        module._check_forward_args(x, *args, **kwargs)
+        if module._disable_adapters and module.merged_adapters:
+            module.unmerge()
         layer.calls.count("base")
         return module.base_layer(x, *args, **_for_base(kwargs))  # type: ignore[no-any-return]
-    if layer.siblings is not None and not args and not kwargs:
+    if args or any(value is not None for value in _for_base(kwargs).values()):
+        return _peft(
+            module, f"called with {', '.join(_for_base(kwargs)) or 'more arguments'}", x, *args, **kwargs
+        )
+    if names is not None:
+        module._check_forward_args(x, adapter_names=names)
+        return _by_row(module, x, names, kwargs)
+    offsets = kwargs.get("alora_offsets")
+    if layer.siblings is not None and offsets is None:
         siblings, name = layer.siblings
         together: Tensor | None = siblings.result(name, x)
         if together is not None:
             layer.calls.count("fused")
             return together
-    if args or any(value is not None for value in kwargs.values()):
-        names = ", ".join(kwargs) or "more arguments"
-        return _peft(module, f"called with {names}", x, *args, **kwargs)
     known = module._modules["lora_A"]._modules
     active = [name for name in module.active_adapters if name in known]
     base = module._modules["base_layer"]
     if not active:
         layer.calls.count("base")
         return base(x)  # type: ignore[no-any-return]
+    if any(is_activated(module, name) for name in active):
+        if len(active) > 1:
+            return _peft(module, "several active adapters, one of them an activated LoRA", x, **kwargs)
+        return _by_row(module, x, active * len(x), kwargs)
     adapters = []
     for name in active:
         adapter = read(module, name)
         if isinstance(adapter, str):
-            return _peft(module, adapter, x)
+            return _peft(module, adapter, x, **kwargs)
         adapters.append(adapter)
     if (problem := unfit(module, x, adapters)) is not None:
-        return _peft(module, problem, x)
+        return _peft(module, problem, x, **kwargs)
     weight = _fusable_weight(base, x, adapters[0])
     if weight is None:
         layer.calls.count("added")
@@ -59,6 +78,32 @@ def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layer.calls.count("fused")
     bias = base.bias
     return fused_linear(x, base.weight, weight, bias, adapters, layer.norm_cache, lambda: _base(module))
+
+
+def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) -> Tensor:
+    """Each row of x by the adapter it names; activated LoRA's for its last tokens."""
+    known = module._modules["lora_A"]._modules
+    adapters = []
+    for name in dict.fromkeys(names):
+        if name not in known:
+            continue
+        adapter = read(module, name)
+        problem = adapter if isinstance(adapter, str) else unfit(module, x, [adapter])
+        if isinstance(adapter, str) or problem is not None:
+            return _peft(module, str(problem), x, **kwargs)
+        if adapter.dropout_p or adapter.bias is not None or x.dim() > 3:
+            return _peft(
+                module, "rows of their own adapters with dropout, lora_bias or more axes", x, **kwargs
+            )
+        adapters.append(adapter)
+    result: Tensor = module.base_layer(x)
+    module._fastpeft_layer.calls.count("added" if adapters else "base")
+    last = None
+    if any(is_activated(module, name) for name in names):
+        offsets = kwargs.get("alora_offsets") or [0] * len(names)
+        pairs = zip(names, offsets, strict=True)
+        last = [int(offset or 0) if is_activated(module, name) else None for name, offset in pairs]
+    return added_by_row(result, x, names, adapters, _base(module), last)
 
 
 def _peft(module: Any, reason: str, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,12 +19,18 @@ from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 
 def added_by_row(
-    result: Tensor, x: Tensor, names: Sequence[str], adapters: Sequence[Adapter], base: Base
+    result: Tensor,
+    x: Tensor,
+    names: Sequence[str],
+    adapters: Sequence[Adapter],
+    base: Base,
+    last: Sequence[int | None] | None = None,
 ) -> Tensor:
     """Return ``result`` [rows, ..., out_features] with each row's adapter of x [rows, ..., in_features].
 
     A name that is none of ``adapters`` leaves its rows as they are. Dropout plays no part: mixed batches are
-    for inference.
+    for inference. ``last`` is, for each row, how many of its last tokens have the adapter, None for all; for
+    LoRA and x of [rows, in_features] or [rows, tokens, in_features].
 
     Raises:
         ShapeError: there is not one name for each row.
@@ -45,6 +51,11 @@ def added_by_row(
     owner = torch.cat([torch.full((a.lora_A.shape[0],), i) for i, a in enumerate(used)]).to(x.device)
     S = x @ torch.cat([a.lora_A for a in used]).to(x.dtype).t()
     S = S * (owner == chosen.view(shape)).to(S.dtype)
+    if last is not None:
+        tokens = x.shape[1] if x.dim() == 3 else 1
+        counts = torch.tensor([tokens if n is None else min(n, tokens) for n in last], device=x.device)
+        taken = torch.arange(tokens, device=x.device) >= (tokens - counts)[:, None]
+        S = S * taken.view(*S.shape[:-1], 1).to(S.dtype)
     B = torch.cat([a.lora_B * a.scaling for a in used], dim=1).to(x.dtype)
     if all(adapter.magnitude is None for adapter in used):
         return result + S @ B.t()

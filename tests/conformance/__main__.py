@@ -84,14 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             with options.log.open("a") as log:
                 log.write(result.output)
     console = Console()
-    console.print(table)
+    console.print(table, soft_wrap=True)
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        console.print(f"{count:7,} calls left to PEFT: {reason}", highlight=False, markup=False)
+        console.print(
+            f"{count:7,} calls left to PEFT: {reason}", highlight=False, markup=False, soft_wrap=True
+        )
     if options.baseline:
-        console.print(*baseline, sep="\n", highlight=False, markup=False)
+        console.print(*baseline, sep="\n", highlight=False, markup=False, soft_wrap=True)
         return 0
     for problem in problems:
-        console.print(problem, highlight=False, markup=False)
+        console.print(problem, highlight=False, markup=False, soft_wrap=True)
     return 1 if problems else 0
 
 

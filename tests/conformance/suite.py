@@ -39,7 +39,7 @@ def fetch(cache: Path) -> Path:
     """Return the folder with the tests of the PEFT that is installed, fetched from PyPI once."""
     release = f"peft-{version('peft')}"
     folder = cache / release
-    tests = folder / "peft_tests"
+    tests = folder / "tests"
     if not (tests / "__init__.py").exists():
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / f"{release}.tar.gz"
@@ -89,7 +89,7 @@ def run(
         old.unlink()
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "conformance", ROOT, ROOT / "kernels"))),
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -107,15 +107,15 @@ def run(
         "-p",
         "no:cacheprovider",
     ]
-    command += ["-p", "tests.conformance.plugin", "-n", str(workers), "-W", "ignore"]
+    command += ["-p", "peft_plugin", "-n", str(workers), "-W", "ignore"]
     command += ["-k", select] if select else []
     done = subprocess.run(
-        [*command, f"peft_tests/test_{name}.py"], cwd=folder, env=environment, capture_output=True, text=True
+        [*command, f"tests/test_{name}.py"], cwd=folder, env=environment, capture_output=True, text=True
     )
     result = Result(output=done.stdout + done.stderr)
     for line in done.stdout.splitlines():
         if match := _OUTCOME.match(line):
-            result.failed.append(match[2].removeprefix("peft_tests/"))
+            result.failed.append(match[2].removeprefix("tests/"))
     for number, what in _SUMMARY.findall(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""):
         if what == "passed":
             result.passed = int(number)

@@ -9,7 +9,14 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    VeloraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
@@ -95,7 +102,7 @@ def test_same_after(step, method):
     assert repr(patched) == repr(untouched)
     torch.testing.assert_close(logits(patched), logits(untouched), rtol=1e-4, atol=1e-5)
     report = fastpeft.report(patched)
-    assert not report.reasons or step == "merge-then-disable"
+    assert not report.reasons
     assert all(is_accelerated(layer) for _, layer in tuner_layers(patched))
 
 
@@ -117,16 +124,38 @@ def test_plain_models_come_out(end):
     assert not list(tuner_layers(ours))
 
 
-def test_mixed_batches_are_pefts_and_are_reported():
+def test_mixed_batches():
     patched, untouched = pair()
     names = ["other", "__base__"]
     with torch.no_grad():
         ours = patched(tokens(), adapter_names=names).logits
         theirs = untouched(tokens(), adapter_names=names).logits
     torch.testing.assert_close(ours, theirs)
-    report = fastpeft.report(patched)
-    assert report.reasons == {"called with adapter_names": 14}
-    assert "PEFT's own forward, 14 times: called with adapter_names" in str(report)
+    assert fastpeft.report(patched).calls == {"added": 14}
+    for wrong, said in ((["other"], "Length of `adapter_names`"),):
+        with pytest.raises(ValueError, match=said):
+            patched(tokens(), adapter_names=wrong)
+    dora, _ = pair(use_dora=True)
+    with pytest.raises(ValueError, match="DoRA is enabled"):
+        dora(tokens(), adapter_names=names)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_activated_lora(training):
+    config = lora_config(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), config).train(training)
+    untouched = copy.deepcopy(model)
+    fastpeft.patch(model)
+    ids = tokens()
+    ids[0, 3:5] = torch.tensor([5, 6])  # the other row is the base's
+    results = []
+    for each in (model, untouched):
+        output = each(input_ids=ids, labels=ids)
+        output.loss.backward()
+        results.append([output.logits.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert fastpeft.report(model).calls == {"added": 14}
 
 
 def test_saving_and_loading(tmp_path):
@@ -286,7 +315,7 @@ def test_report_names_what_is_left_to_peft_and_why():
     ("options", "reason"),
     [
         ({"target_modules": ["q_proj"], "lora_dropout": 1.0}, "lora_dropout is Dropout(p=1.0"),
-        ({"target_modules": ["q_proj"], "init_lora_weights": "mica"}, "variant MiCALinear"),
+        ({"target_modules": ["q_proj"], "velora_config": VeloraConfig(num_groups=4)}, "variant VeloraLinear"),
     ],
     ids=["dropout-of-all", "variant"],
 )

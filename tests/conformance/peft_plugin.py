@@ -48,7 +48,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Iterator[None
     yield
     import sys
 
-    helpers = sys.modules.get("peft_tests.testing_utils")
+    helpers = sys.modules.get("tests.testing_utils")
     if helpers is not None and not isinstance(helpers._HUB_MODEL_ACCESSES, EveryModel):
         helpers._HUB_MODEL_ACCESSES = EveryModel()
 

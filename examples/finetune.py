@@ -83,7 +83,7 @@ def finetune(o: options.Options) -> int:
     folder = o.model or smollm2.prepare(o.cache, say)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, o.dtype)
-    train_rows, held_out = tokenize(text, tokenizer, model, o)
+    train_rows, held_out = tokenize(text, tokenizer, model, o.sequence)
     prompt = text.prompt if o.prompt is None else o.prompt
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"model     {folder.resolve().name}, {o.dtype}, {millions:.1f}M parameters")
@@ -266,23 +266,23 @@ def agrees(reader: str, expected: float, found: float, tolerance: float) -> bool
 
 
 def tokenize(
-    text: corpus.Corpus, tokenizer: Any, model: Any, o: options.Options
+    text: corpus.Corpus, tokenizer: Any, model: Any, sequence: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cut the text into rows of `--sequence` tokens: all to train on, a spread of each text held out."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and o.sequence > longest:
-        raise InputError(f"--sequence {o.sequence}: the model takes at most {longest} tokens")
-    train_rows = corpus.windows(tokenizer, text.train.values(), o.sequence)
-    held_out = {title: corpus.windows(tokenizer, [t], o.sequence) for title, t in text.held_out.items()}
+    if longest is not None and sequence > longest:
+        raise InputError(f"--sequence {sequence}: the model takes at most {longest} tokens")
+    train_rows = corpus.windows(tokenizer, text.train.values(), sequence)
+    held_out = {title: corpus.windows(tokenizer, [t], sequence) for title, t in text.held_out.items()}
     for part, rows in {"training": train_rows, **held_out}.items():
         if len(rows) == 0:
             raise InputError(
-                f"{text.name}: text too short, {part} has fewer than --sequence {o.sequence} tokens"
+                f"{text.name}: text too short, {part} has fewer than --sequence {sequence} tokens"
             )
     largest = max(int(rows.max()) for rows in (train_rows, *held_out.values()))
     if largest >= model.get_input_embeddings().num_embeddings:
         raise InputError(f"tokenizer and model do not belong together: no embedding for token {largest}")
-    count = max(1, EVALUATION_TOKENS // o.sequence)
+    count = max(1, EVALUATION_TOKENS // sequence)
     return train_rows, {title: corpus.spread(rows, count) for title, rows in held_out.items()}
 
 

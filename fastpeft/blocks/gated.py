@@ -16,11 +16,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fastpeft.blocks.view import View, is_called_bare, shared_dropout, view_of
+from fastpeft.blocks.view import View, dropout_of, is_called_bare, view_of
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.ops.gated_mlp import Activation, gated_mlp
 from fastpeft.ops.gated_mlp_torch import activated
+from fastpeft.ops.projections import dropout_moves_base
 
 ATTRIBUTE = "_fastpeft_gated"
 _FEW, _MORE = 3, 5  # features of the stand-in's linears
@@ -119,17 +120,17 @@ def _fused(module: nn.Module, roles: Gated, x: Tensor) -> Tensor | None:
         if view is None:
             return None
         views.append(view)
-    dropout = shared_dropout(views)
+    dropout = dropout_of(views)
     if dropout is None:
         return None
-    p, on_base = dropout
-    if p > 0.0 and on_base and any(view.projection.magnitude is not None for view in views):
+    ps, on_base = dropout
+    gate, up, down = projections = [view.projection for view in views]
+    if dropout_moves_base(projections, ps, on_base):
         return None  # the op would leave that to single linears itself
-    gate, up, down = (view.projection for view in views)
     for layer in layers:
         if layer is not None and is_accelerated(layer):
             layer._fastpeft_layer.calls.count("fused")
-    return gated_mlp(x, gate, up, down, activation=roles.activation, dropout_p=p, dropout_on_base=on_base)
+    return gated_mlp(x, gate, up, down, activation=roles.activation, dropout_p=ps, dropout_on_base=on_base)
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft.blocks.view import shared_dropout, view_of
+from fastpeft.blocks.view import dropout_of, view_of
 from fastpeft.ops.stacked import stacked_linear
 
 ATTRIBUTE = "_fastpeft_siblings"
@@ -58,12 +58,12 @@ class Siblings:
             if view is None:
                 return None
             views.append(view)
-        dropout = shared_dropout(views)
+        dropout = dropout_of(views)
         if dropout is None:
             return None
-        p, on_base = dropout
+        ps, on_base = dropout
         first, *rest = stacked_linear(
-            x, [view.projection for view in views], dropout_p=p, dropout_on_base=on_base
+            x, [view.projection for view in views], dropout_p=ps, dropout_on_base=on_base
         )
         self._input, self._ready = x, dict(zip(run[1:], rest, strict=True))
         return first

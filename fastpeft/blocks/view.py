@@ -23,6 +23,7 @@ from fastpeft.layers.kinds import is_conv1d, is_conv1d_like
 from fastpeft.layers.linear import LinearMixin
 from fastpeft.layers.norm_cache import NormCache
 from fastpeft.ops._common import autocast_is_on
+from fastpeft.ops.probability import LiveProbability, Probability
 from fastpeft_kernels.projection import Projection
 
 
@@ -37,7 +38,7 @@ class View:
     """
 
     projection: Projection
-    dropout_p: float | None
+    dropout_p: Probability | None
     dropout_on_base: bool
 
 
@@ -125,11 +126,14 @@ def _view(layer: nn.Module, base: Any, x: Tensor, adapters: list[Adapter], norms
     return View(projection, one.dropout_p, one.dropout_on_base)
 
 
-def shared_dropout(views: list[View]) -> tuple[float, bool] | None:
-    """Return the dropout that all of them have, or None where they differ, or none has an adapter."""
-    adapted = [view for view in views if view.dropout_p is not None]
+def dropout_of(views: list[View]) -> tuple[list[Probability], bool] | None:
+    """Return what each drops and its meaning; None where an op cannot do both, or none has an adapter."""
+    adapted = [(view.dropout_p, view.dropout_on_base) for view in views if view.dropout_p is not None]
     if not adapted:
         return None
-    p, on_base = adapted[0].dropout_p, adapted[0].dropout_on_base
-    same = all(view.dropout_p == p and view.dropout_on_base == on_base for view in adapted)
-    return (p, on_base) if same and p is not None else None
+    p, on_base = adapted[0]
+    is_live = isinstance(p, LiveProbability)
+    if any(isinstance(q, LiveProbability) is not is_live or meaning != on_base for q, meaning in adapted):
+        return None
+    # Where there is no adapter, any will do; the first one's makes them all the same, as a kernel wants it.
+    return [p if view.dropout_p is None else view.dropout_p for view in views], on_base

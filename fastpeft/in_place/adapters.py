@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.norm_cache import PLAIN_TYPES
+from fastpeft.ops.probability import probability_of
 
 _ACTIVATED = "ALoraLinearVariant"
 # Forwards that are LoRA's: none, minor components' (arXiv 2604.01694), and, for its tokens, activated LoRA's.
@@ -67,7 +68,7 @@ def read(module: Any, name: str) -> Adapter | str:
         return "lora_A or lora_B is a shard"  # FSDP1 wraps trainable leaves apart
     if lora_A.bias is not None:
         return "lora_A has a bias"
-    if (p := dropout_probability(dropout)) is None:
+    if (p := probability_of(dropout)) is None:
         return f"lora_dropout is {dropout}"
     magnitude: Tensor | None = None
     variant = type(module.lora_variant.get(name)).__name__
@@ -92,15 +93,6 @@ def read(module: Any, name: str) -> Adapter | str:
     else:
         bias = None if lora_B.bias is None else lora_B.bias * scaling
     return Adapter(name, A, B, bias, scaling, p, magnitude)
-
-
-def dropout_probability(dropout: nn.Module) -> float | None:
-    """Return what a dropout module drops now; None for one that is not ours to draw."""
-    if type(dropout) is nn.Identity:
-        return 0.0
-    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
-        return None
-    return dropout.p if dropout.training else 0.0
 
 
 def is_activated(module: Any, name: str) -> bool:

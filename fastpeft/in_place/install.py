@@ -19,6 +19,7 @@ from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.embedding import embedding_forward
 from fastpeft.in_place.linear import linear_forward
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, MODEL_ATTRIBUTE, Calls, Layer
+from fastpeft.ops.probability import follow, unfollow
 from fastpeft.patch_report import ModuleReport, PatchReport
 
 # PEFT's layers whose lora_A and lora_B are linears beside a base with a forward of its own.
@@ -93,6 +94,8 @@ def restore(model: nn.Module) -> None:
     for _, layer in tuner_layers(model):
         if is_accelerated(layer):
             del layer.__dict__["forward"], layer.__dict__[LAYER_ATTRIBUTE]
+            for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
+                unfollow(dropout)
     del model.__dict__[MODEL_ATTRIBUTE]
 
 
@@ -162,6 +165,8 @@ def _install(layer: nn.Module, calls: Calls) -> None:
     record.calls = calls
     for name in getattr(layer, "lora_magnitude_vector", ()):
         record.norm_cache(name)  # there from the start: one that comes with the first call compiles it anew
+    for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
+        follow(dropout)
 
 
 def _follow_new_layers() -> None:

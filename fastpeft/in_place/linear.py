@@ -25,6 +25,7 @@ from fastpeft.layers.adapted import Adapter, Base, added_linear, fused_linear, s
 from fastpeft.layers.kinds import is_conv1d
 from fastpeft.layers.rows import added_by_row
 from fastpeft.ops._common import autocast_is_on
+from fastpeft.ops.probability import is_dropping
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -99,7 +100,7 @@ def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) ->
         problem = adapter if isinstance(adapter, str) else unfit(module, x, [adapter])
         if isinstance(adapter, str) or problem is not None:
             return _peft(module, str(problem), x, **kwargs)
-        if adapter.dropout_p or adapter.bias is not None or x.dim() > 3:
+        if is_dropping(adapter.dropout_p) or adapter.bias is not None or x.dim() > 3:
             return _peft(
                 module, "rows of their own adapters with dropout, lora_bias or more axes", x, **kwargs
             )

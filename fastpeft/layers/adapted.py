@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.layers.norm_cache import NormCache
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.lora_add import lora_add
+from fastpeft.ops.probability import Probability, dropped, is_dropping
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 
@@ -39,7 +39,7 @@ class Adapter:
     lora_B: Tensor
     bias: Tensor | None
     scaling: float
-    dropout_p: float
+    dropout_p: Probability
     magnitude: Tensor | None
     dropout_on_base: bool = True
 
@@ -153,7 +153,7 @@ def with_one_adapter(adapters: list[Adapter]) -> Adapter | None:
     """Return one adapter that does what they do: itself, or LoRA without dropout of their ranks' sum."""
     if len(adapters) == 1:
         return adapters[0]
-    if any(a.dropout_p or a.magnitude is not None or a.bias is not None for a in adapters):
+    if any(is_dropping(a.dropout_p) or a.magnitude is not None or a.bias is not None for a in adapters):
         return None
     A = torch.cat([adapter.lora_A for adapter in adapters])
     B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=1)
@@ -169,10 +169,10 @@ def _dora_over(result: Tensor, x: Tensor, adapter: Adapter, base: Base) -> Tenso
         norm = row_norm(weight, adapter.lora_A, adapter.lora_B, adapter.scaling, squared)
     # In fp32: near 1, where the row scale lives, 16 bits cannot tell a step of the magnitude from none.
     c = row_scale(adapter.magnitude, norm)
-    drops_base = adapter.dropout_p > 0.0 and adapter.dropout_on_base
+    drops_base = is_dropping(adapter.dropout_p) and adapter.dropout_on_base
     below = result
     if drops_base:
-        x = F.dropout(x, adapter.dropout_p)
+        x = dropped(x, adapter.dropout_p)
         below = base.product(x).to(result.dtype)
     if base.bias is not None:
         below = below - base.bias.to(result.dtype)

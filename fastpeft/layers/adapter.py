@@ -3,7 +3,7 @@
 A layer keeps the base's own ``weight`` and ``bias`` Parameters under their own names, so the base model's
 state_dict keys, tied weights and code that reads ``layer.weight`` see no difference. Beside them it holds, by
 adapter name, ``lora_A[name] [r, in_features]``, ``lora_B[name] [out_features, r]`` and, for DoRA,
-``lora_magnitude_vector[name] [out_features]``.
+``lora_magnitude_vector[name] [out_features]``, and ``lora_dropout[name]`` where it drops anything.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastpeft.errors import ConfigError
 from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.merging import merged_weight
 from fastpeft.layers.norm_cache import NormCache
+from fastpeft.ops.probability import Probability, follow, probability_of
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
 
@@ -45,6 +47,8 @@ class AdapterMixin(nn.Module):
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
     lora_magnitude_vector: nn.ParameterDict
+    # Of the adapters that drop anything; their p may change at any time, as PEFT's may.
+    lora_dropout: nn.ModuleDict
     specs: dict[str, AdapterSpec]
     # Those whose names are here and in `specs` take part in forward, in this order.
     active_adapters: tuple[str, ...]
@@ -77,6 +81,7 @@ class AdapterMixin(nn.Module):
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()
+        self.lora_dropout = nn.ModuleDict()
         self.specs = {}
         self.active_adapters = ()
         self.adapters_enabled = True
@@ -104,6 +109,11 @@ class AdapterMixin(nn.Module):
         self.lora_A[name] = nn.Parameter(lora_A)
         self.lora_B[name] = nn.Parameter(lora_B)
         self.specs[name] = spec
+        if spec.lora_dropout > 0.0:
+            dropout = nn.Dropout(spec.lora_dropout).train(self.training)
+            follow(dropout)
+            # Not by its own setter, which refuses names like 'type' and 'train'.
+            self.lora_dropout._modules[name] = dropout
         if spec.use_dora:
             with torch.no_grad():
                 # The norm that forward computes, so that the row scale starts at exactly 1 where B is zero.
@@ -121,9 +131,9 @@ class AdapterMixin(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Forget one adapter, if the layer has it."""
-        for parameters in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
-            if name in parameters:
-                del parameters[name]
+        for held in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
+            if name in held:
+                del held[name]
         self.specs.pop(name, None)
         self._norm_caches.pop(name, None)
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
@@ -141,12 +151,20 @@ class AdapterMixin(nn.Module):
                         self.lora_B[name],
                         None,
                         spec.scaling,
-                        spec.lora_dropout if self.training else 0.0,
+                        self._dropout_p(name),
                         self.lora_magnitude_vector[name] if spec.use_dora else None,
                         spec.dropout_on_base,
                     )
                 )
         return found
+
+    def _dropout_p(self, name: str) -> Probability:
+        dropout: nn.Module | None = self._modules["lora_dropout"]._modules.get(name)  # type: ignore[union-attr]
+        if dropout is None:
+            return 0.0
+        if (p := probability_of(dropout)) is None:
+            raise ConfigError(f"lora_dropout of {name!r}: expected nn.Dropout of 0 <= p < 1, got {dropout}")
+        return p
 
     def norm_cache(self, name: str) -> NormCache:
         """Return the cache of an adapter's row norm."""
@@ -182,7 +200,7 @@ class AdapterMixin(nn.Module):
         texts = []
         for name, spec in self.specs.items():
             method = "DoRA" if spec.use_dora else "LoRA"
-            dropout = f", dropout={spec.lora_dropout}" if spec.lora_dropout else ""
+            dropout = f", dropout={self.lora_dropout[name].p}" if name in self.lora_dropout else ""
             label = f"{name}: " if len(self.specs) > 1 else ""
             texts.append(f"{label}{method}(r={spec.r}, scaling={spec.scaling:g}{dropout})")
         return ", ".join(texts)

@@ -33,7 +33,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,8 +48,9 @@ from fastpeft.ops._common import (
     unflatten_tokens,
     without_autocast,
 )
-from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 from fastpeft.ops.ways import way_for
@@ -85,7 +85,7 @@ def dora_linear(
     magnitude: Tensor,
     *,
     scaling: float,
-    dropout_p: float = 0.0,
+    dropout_p: Probability = 0.0,
     dropout_on_base: bool = True,
     norm: Tensor | None = None,
 ) -> Tensor:
@@ -121,25 +121,26 @@ def dora_linear(
         raise ShapeError(f"dora_linear: expected norm [{weight.shape[0]}], got {list(norm.shape)}")
     if (weight.requires_grad and torch.is_grad_enabled()) or is_transformed():
         # The op has no gradient for W (its point is a frozen base), plain autograd has.
-        mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+        mask = dropped(torch.ones_like(x), dropout_p) if is_dropping(dropout_p) else None
         A, B, m = lora_A.to(x.dtype), lora_B.to(x.dtype), magnitude.to(x.dtype)
         return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask, dropout_on_base)
     if norm is None and weight.dtype != base_weight.dtype:
         with torch.no_grad():  # of the weight itself, not of autocast's copy
             norm = row_norm(base_weight, lora_A, lora_B, scaling, row_norm_squared(base_weight))
     backend = backends.resolve(x, op="dora_linear")
-    seed = draw_seed(x, dropout_p, backend)
+    seed = draw_seeds(x, [dropout_p], backend)
     on_base = dropout_on_base and seed is not None
-    inputs = (
-        x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed, on_base, backend
-    )  # fmt: skip
+    base = (x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
     if runs_eagerly(x):
         trained = (x, bias, lora_A, lora_B, magnitude)
         if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
             return _decode(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
-        return _DoRALinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
-    outputs: tuple[Tensor, ...] = torch.ops.fastpeft.dora_linear(*inputs)
-    return outputs[0]
+        return _DoRALinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+            *base, number(dropout_p), seed, on_base, backend
+        )
+    ps, live_p = as_inputs([dropout_p])
+    y: Tensor = torch.ops.fastpeft.dora_linear(*base, ps, live_p, seed, on_base, backend)[0]
+    return y
 
 
 def keeps_product(x: Tensor, bias: Tensor | None, on_base: bool) -> bool:
@@ -277,8 +278,54 @@ def _gradients(
     return [gradient for gradient in (dx, dbias, dA, dB, dm) if gradient is not None]
 
 
-_dora_linear = torch.library.custom_op("fastpeft::dora_linear", _forward, mutates_args=())
-_dora_linear_backward = torch.library.custom_op("fastpeft::dora_linear_backward", _gradients, mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    on_base: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    return _forward(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, p, seed, on_base, backend)
+
+
+def _gradients_op(
+    dy: Tensor,
+    x: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    S: Tensor,
+    norm: Tensor,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    on_base: bool,
+    kept_is_z: bool,
+    backend: str,
+    need: list[bool],
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    tensors = (dy, x, kept, weight, lora_A, lora_B, magnitude, S, norm)
+    return _gradients(*tensors, scaling, p, seed, on_base, kept_is_z, backend, need, bias_dtype)
+
+
+_dora_linear = torch.library.custom_op("fastpeft::dora_linear", _forward_op, mutates_args=())
+_dora_linear_backward = torch.library.custom_op(
+    "fastpeft::dora_linear_backward", _gradients_op, mutates_args=()
+)
 
 
 @_dora_linear.register_fake
@@ -291,7 +338,8 @@ def _(
     magnitude: Tensor,
     norm: Tensor | None,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     on_base: bool,
     backend: str,
@@ -317,7 +365,8 @@ def _(
     S: Tensor,
     norm: Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     on_base: bool,
     kept_is_z: bool,
@@ -336,13 +385,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed, on_base, backend = inputs
+    x, weight, bias, lora_A, lora_B, magnitude, norm, *options = inputs
+    scaling, dropout_p, live_p, seed, on_base, backend = options
     y, S, z, computed = output
     need_A, need_m = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
     keeps_z = keeps_product(x, bias, on_base)
     kept = (z if keeps_z else y) if need_m else None
     norm = computed if norm is None else norm
-    ctx.save_for_backward(x if need_A else None, kept, weight, lora_A, lora_B, magnitude, S, norm, seed)
+    x = x if need_A else None
+    ctx.save_for_backward(x, kept, weight, lora_A, lora_B, magnitude, S, norm, live_p, seed)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, None if bias is None else bias.dtype)
 
@@ -355,34 +406,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x_grad, _weight, bias_grad, A_grad, B_grad, m_grad = ctx.needs_input_grad[:6]
     if dy is None:
-        return (None,) * 12
-    x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed = ctx.saved_tensors
+        return (None,) * 13
+    *tensors, live_p, seed = ctx.saved_tensors
     scaling, dropout_p, on_base, keeps_z, backend, bias_dtype = ctx.options
     need = [x_grad, bias_grad, A_grad, B_grad, m_grad]
-    gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.dora_linear_backward
-    gradients = iter(
-        gradients_of(
-            dy,
-            x,
-            kept,
-            weight,
-            lora_A,
-            lora_B,
-            magnitude,
-            S,
-            norm,
-            scaling,
-            dropout_p,
-            seed,
-            on_base,
-            keeps_z,
-            backend,
-            need,
-            bias_dtype,
-        )
-    )
+    gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.dora_linear_backward
+    options: tuple[Any, ...] = (scaling, dropout_p, live_p, seed, on_base, keeps_z, backend, need, bias_dtype)
+    gradients = iter(gradients_of(dy, *tensors, *options))
     dx, dbias, dA, dB, dm = (next(gradients) if needed else None for needed in need)
-    return dx, None, dbias, dA, dB, dm, None, None, None, None, None, None
+    return dx, None, dbias, dA, dB, dm, *(None,) * 7
 
 
 _dora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -394,10 +426,11 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = _forward(*inputs)
-        _save(ctx, inputs, output)
+        *before, dropout_p, seed, on_base, backend = inputs
+        _save(ctx, (*before, [dropout_p], None, seed, on_base, backend), output)
         return output[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)
+        return _backward(ctx, dy)[:-1]

@@ -18,20 +18,22 @@ import torch
 from torch import Tensor
 
 from fastpeft.backend import ResolvedBackend
+from fastpeft.ops.probability import Probability, is_dropping
 
 LEVELS = 2**15
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def draw_seed(x: Tensor, dropout_p: float, backend: ResolvedBackend, count: int = 1) -> Tensor | None:
-    """Draw ``count`` dropout seeds, int64, from torch's generator, which activation checkpointing restores.
+def draw_seeds(x: Tensor, ps: Sequence[Probability], backend: ResolvedBackend) -> Tensor | None:
+    """Draw a dropout seed a probability, int64, from torch's generator; None where nothing is dropped.
 
-    They lie where they are read: on the device for a kernel, on the host for ``torch.Generator``.
+    Activation checkpointing restores that generator. The seeds lie where they are read: on the device for a
+    kernel, on the host for ``torch.Generator``.
     """
-    if dropout_p == 0.0:
+    if not any(map(is_dropping, ps)):
         return None
     device = x.device if backend == "triton" else torch.device("cpu")
-    return torch.randint(2**62, (count,), dtype=torch.int64, device=device)
+    return torch.randint(2**62, (len(ps),), dtype=torch.int64, device=device)
 
 
 def keep_scale(dropout_p: float) -> float:

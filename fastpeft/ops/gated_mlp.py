@@ -33,9 +33,10 @@ from fastpeft.errors import ConfigError, ShapeError
 from fastpeft.ops import block_kernels, gated_mlp_torch, packed
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
-from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.gated_mlp_torch import activated
+from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.products import Need
 from fastpeft_kernels.projection import Projection
 
@@ -66,7 +67,7 @@ def gated_mlp(
     down: Projection,
     *,
     activation: Activation = "silu",
-    dropout_p: float = 0.0,
+    dropout_p: Probability | Sequence[Probability] = 0.0,
     dropout_on_base: bool = True,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` as one differentiable op.
@@ -78,8 +79,8 @@ def gated_mlp(
         up: ``[d_ff, in_features]`` weight, likewise.
         down: ``[out_features, d_ff]`` weight, likewise.
         activation: ``silu`` (SwiGLU), ``gelu`` (GeGLU, with the error function) or ``gelu_tanh``.
-        dropout_p: probability of zeroing an element of x, or h, on its way to a lora_A; every projection
-            draws its own mask. 0 outside training.
+        dropout_p: probability of zeroing an element of x, or h, on its way to a lora_A, one or a list of
+            three; every projection draws its own mask. 0 outside training.
         dropout_on_base: whether DoRA's base product drops its input too, as in PEFT. With dropout and DoRA,
             that is computed by the ops for single linears, not by this one: the same results, unfused.
 
@@ -97,6 +98,7 @@ def gated_mlp(
             f"gated_mlp: expected activation {', '.join(get_args(Activation))}, got {activation!r}"
         )
     x, projections = linears.autocast(x, (gate, up, down))
+    ps = linears.spread(dropout_p, projections)
     gate, up, down = projections
     linears.check("gated_mlp, gate", x, gate)
     linears.check("gated_mlp, up", x, up)
@@ -110,21 +112,21 @@ def gated_mlp(
     if linears.needs_plain_autograd(projections):
         # The op has no gradient for W (its point is a frozen base), plain autograd has.
         h_like = x.new_empty(*x.shape[:-1], gate.weight.shape[0])
-        masks = [linears.draw_mask(t, dropout_p) for t in (x, x, h_like)]
+        masks = [linears.draw_mask(t, p) for t, p in zip((x, x, h_like), ps, strict=True)]
         return gated_mlp_reference(x, gate, up, down, activation, masks, dropout_on_base)
-    if linears.dropout_moves_base(projections, dropout_p, dropout_on_base):
-        h = activated(linears.linear(x, gate, dropout_p), activation) * linears.linear(x, up, dropout_p)
-        return linears.linear(h, down, dropout_p)
+    if linears.dropout_moves_base(projections, ps, dropout_on_base):
+        h = activated(linears.linear(x, gate, ps[0]), activation) * linears.linear(x, up, ps[1])
+        return linears.linear(h, down, ps[2])
     backend = backends.resolve(x, op="gated_mlp")
-    seeds = draw_seed(x, dropout_p, backend, len(projections))
+    seeds = draw_seeds(x, ps, backend)
     tensors, layout, scalings = packed.pack(projections)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if runs_eagerly(x):
         return _GatedMLP.apply(  # type: ignore[no-any-return,no-untyped-call]
-            layout, scalings, activation, dropout_p, seeds, keep, backend, x, *tensors
+            layout, scalings, activation, [number(p) for p in ps], seeds, keep, backend, x, *tensors
         )
     outputs: list[Tensor] = torch.ops.fastpeft.gated_mlp(
-        x, tensors, layout, scalings, activation, dropout_p, seeds, keep, backend
+        x, tensors, layout, scalings, activation, *as_inputs(ps), seeds, keep, backend
     )
     return outputs[0]
 
@@ -136,7 +138,8 @@ def _forward(
     layout: list[int],
     scalings: list[float],
     activation: str,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     keep: bool,
     backend: str,
@@ -145,6 +148,7 @@ def _forward(
 
     g and u are empty without ``keep``.
     """
+    dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     given = packed.unpack(tensors, layout, scalings)
     projections = [linears.with_norm(p, backend) for p in given]
     forward = block_kernels.gated_forward if backend == "triton" else gated_mlp_torch.forward
@@ -170,7 +174,8 @@ def _gradients(
     scalings: list[float],
     kept: list[Tensor | None],
     activation: str,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
     need: list[bool],
@@ -179,6 +184,7 @@ def _gradients(
 
     ``kept`` is, per projection, z where ``layout`` says so, else y for down and None for gate and up.
     """
+    dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     backward = block_kernels.gated_backward if backend == "triton" else gated_mlp_torch.backward
     dx, gradients = backward(
         flatten_tokens(dy),
@@ -225,7 +231,8 @@ def _(
     layout: list[int],
     scalings: list[float],
     activation: str,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     keep: bool,
     backend: str,
@@ -256,7 +263,8 @@ def _(
     scalings: list[float],
     kept: list[Tensor | None],
     activation: str,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
     need: list[bool],
@@ -267,7 +275,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, layout, scalings, activation, dropout_p, seeds, _, backend = inputs
+    x, tensors, layout, scalings, activation, dropout_p, live_p, seeds, _, backend = inputs
     y, S, S_down, g, u, *rest = output
     need = packed.needed(x, tensors, layout)
     gate, up, down = _needs(need)
@@ -277,7 +285,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     if down.dot and kept[2] is None:
         kept[2] = y
     g_u = (g, u) if down.x or down.A else (None, None)
-    ctx.save_for_backward(S, S_down, x if gate.A or up.A else None, *g_u, seeds, *kept, *tensors)
+    x = x if gate.A or up.A else None
+    ctx.save_for_backward(S, S_down, x, *g_u, live_p, seeds, *kept, *tensors)
     ctx.set_materialize_grads(False)
     ctx.options = (need, layout, complete, scalings, activation, dropout_p, backend)
 
@@ -291,8 +300,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return dx and, as a list, the gradients of the packed tensors, then None for everything else."""
     need, layout, complete, scalings, activation, dropout_p, backend = ctx.options
     if (dy := grads[0]) is None:
-        return None, packed.no_gradients(layout), None, None, None, None, None, None, None
-    S, S_down, x, g, u, seeds, *rest = ctx.saved_tensors
+        return None, packed.no_gradients(layout), *(None,) * 8
+    S, S_down, x, g, u, live_p, seeds, *rest = ctx.saved_tensors
     kept, tensors = rest[:3], rest[3:]
     gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.gated_mlp_backward
     gradients = gradients_of(
@@ -308,12 +317,13 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         kept,
         activation,
         dropout_p,
+        live_p,
         seeds,
         backend,
         need,
     )
     dx, placed = packed.in_places(gradients, need, layout)
-    return dx, placed, None, None, None, None, None, None, None
+    return dx, placed, *(None,) * 8
 
 
 _gated_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -328,14 +338,14 @@ class _GatedMLP(torch.autograd.Function):
         layout: list[int],
         scalings: list[float],
         activation: str,
-        dropout_p: float,
+        dropout_p: list[float],
         seeds: Tensor | None,
         keep: bool,
         backend: str,
         x: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        inputs = (x, list(tensors), layout, scalings, activation, dropout_p, seeds, keep, backend)
+        inputs = (x, list(tensors), layout, scalings, activation, dropout_p, None, seeds, keep, backend)
         output = _forward(*inputs)
         _save(ctx, inputs, output)
         return output[0]

@@ -25,7 +25,7 @@ def forward(
     x: Tensor,
     projections: Sequence[Projection],
     activation: str,
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     keep_z: Sequence[bool],
     keep: bool,
@@ -35,10 +35,10 @@ def forward(
     Without ``keep``, h lies where g was.
     """
     inner_seeds, down_seeds = (None, None) if seeds is None else (seeds[:2], seeds[2:])
-    inner = stacked_torch.forward(x, projections[:2], dropout_p, inner_seeds, keep_z[:2])
+    inner = stacked_torch.forward(x, projections[:2], ps[:2], inner_seeds, keep_z[:2])
     g, u = inner.ys
     h = hidden(g, u, activation, out=None if keep else g)
-    return inner, stacked_torch.forward(h, projections[2:], dropout_p, down_seeds, keep_z[2:])
+    return inner, stacked_torch.forward(h, projections[2:], ps[2:], down_seeds, keep_z[2:])
 
 
 def backward(
@@ -52,7 +52,7 @@ def backward(
     S_down: Tensor,
     kept: Sequence[Tensor | None],
     kept_is_z: Sequence[bool],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     needs: Sequence[Need],
 ) -> tuple[Tensor | None, list[Gradients]]:
@@ -70,16 +70,16 @@ def backward(
     if g is not None and u is not None and wants_h and (not needs[2].x or way_for(dy) is not native):
         h = hidden(g, u, activation)
     dh, outer, dS = stacked_torch.backward_and_rank_gradient(
-        [dy], h, down, S_down, kept[2:], kept_is_z[2:], dropout_p, down_seeds, needs[2:]
+        [dy], h, down, S_down, kept[2:], kept_is_z[2:], ps[2:], down_seeds, needs[2:]
     )
     if dh is None or g is None or u is None:
         return None, [Gradients(), Gradients(), *outer]
     later = torch.empty_like(g) if wants_h and h is None else None
     dg = hidden_gradients(dh, g, u, activation, later)
     if later is not None and dS is not None:
-        stacked_torch.down_gradients(dS, later, down, dropout_p, down_seeds, needs[2:], outer)
+        stacked_torch.down_gradients(dS, later, down, ps[2:], down_seeds, needs[2:], outer)
     dx, results, _ = stacked_torch.backward_and_rank_gradient(
-        [dg, dh], x, inner, S, kept[:2], kept_is_z[:2], dropout_p, inner_seeds, needs[:2], in_place=True
+        [dg, dh], x, inner, S, kept[:2], kept_is_z[:2], ps[:2], inner_seeds, needs[:2], in_place=True
     )
     return dx, results + outer
 

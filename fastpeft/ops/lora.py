@@ -33,8 +33,9 @@ from fastpeft.ops._common import (
     unflatten_tokens,
     without_autocast,
 )
-from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.ways import way_for
 
@@ -61,7 +62,7 @@ def lora_linear(
     lora_B: Tensor,
     *,
     scaling: float,
-    dropout_p: float = 0.0,
+    dropout_p: Probability = 0.0,
 ) -> Tensor:
     """LoRA linear as one differentiable op.
 
@@ -85,20 +86,22 @@ def lora_linear(
     check_inputs("lora_linear", x, weight, bias, lora_A, lora_B)
     if (weight.requires_grad and torch.is_grad_enabled()) or is_transformed():
         # The op has no gradient for W (its point is a frozen base), plain autograd has.
-        mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+        mask = dropped(torch.ones_like(x), dropout_p) if is_dropping(dropout_p) else None
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return lora_linear_reference(x, weight, bias, A, B, scaling, mask)
     backend = backends.resolve(x, op="lora_linear")
-    seed = draw_seed(x, dropout_p, backend)
+    seed = draw_seeds(x, [dropout_p], backend)
     if runs_eagerly(x):
         trained = (x, bias, lora_A, lora_B)
         if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
             return _decode(x, weight, bias, lora_A, lora_B, scaling)
         return _LoRALinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend
+            x, weight, bias, lora_A, lora_B, scaling, number(dropout_p), seed, backend
         )
-    y, _ = torch.ops.fastpeft.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
-    return y  # type: ignore[no-any-return]
+    ps, live_p = as_inputs([dropout_p])
+    inputs = (x, weight, bias, lora_A, lora_B, scaling, ps, live_p, seed, backend)
+    y: Tensor = torch.ops.fastpeft.lora_linear(*inputs)[0]
+    return y
 
 
 @without_autocast
@@ -184,8 +187,45 @@ def _gradients(
     return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
 
 
-_lora_linear = torch.library.custom_op("fastpeft::lora_linear", _forward, mutates_args=())
-_lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _gradients, mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    return _forward(x, weight, bias, lora_A, lora_B, scaling, p, seed, backend)
+
+
+def _gradients_op(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+    need: list[bool],
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    return _gradients(dy, x, weight, lora_A, lora_B, S, scaling, p, seed, backend, need, bias_dtype)
+
+
+_lora_linear = torch.library.custom_op("fastpeft::lora_linear", _forward_op, mutates_args=())
+_lora_linear_backward = torch.library.custom_op(
+    "fastpeft::lora_linear_backward", _gradients_op, mutates_args=()
+)
 
 
 @_lora_linear.register_fake
@@ -196,7 +236,8 @@ def _(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -213,7 +254,8 @@ def _(
     lora_B: Tensor,
     S: Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     backend: str,
     need: list[bool],
@@ -229,9 +271,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], S: Tensor) -> None:
-    x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend = inputs
+    x, weight, bias, lora_A, lora_B, scaling, dropout_p, live_p, seed, backend = inputs
     need_A = ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S, seed)
+    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S, live_p, seed)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
 
@@ -244,16 +286,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | None, ...]:
     x_grad, _, bias_grad, A_grad, B_grad = ctx.needs_input_grad[:5]
     if dy is None:
-        return (None,) * 9
-    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        return (None,) * 10
+    x, weight, lora_A, lora_B, S, live_p, seed = ctx.saved_tensors
     scaling, dropout_p, backend, bias_dtype = ctx.options
     need = [x_grad, A_grad, B_grad, bias_grad]
-    gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.lora_linear_backward
-    gradients = iter(
-        gradients_of(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, backend, need, bias_dtype)
-    )
+    inputs = (dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, live_p, seed, backend, need, bias_dtype)
+    gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.lora_linear_backward
+    gradients = iter(gradients_of(*inputs))
     dx, dA, dB, dbias = (next(gradients) if needed else None for needed in need)
-    return dx, None, dbias, dA, dB, None, None, None, None
+    return dx, None, dbias, dA, dB, None, None, None, None, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -265,10 +306,11 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y, S = _forward(*inputs)
-        _save(ctx, inputs, S)
+        *tensors, scaling, dropout_p, seed, backend = inputs
+        _save(ctx, (*tensors, scaling, [dropout_p], None, seed, backend), S)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)
+        return _backward(ctx, dy)[:-1]

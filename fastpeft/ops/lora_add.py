@@ -17,7 +17,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,8 +32,9 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.cpu_gemm import products_in_fp32
-from fastpeft.ops.dropout import draw_seed, keep, keep_, keep_bits, keep_scale
+from fastpeft.ops.dropout import draw_seeds, keep, keep_, keep_bits, keep_scale
 from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 
 
 def lora_add_reference(
@@ -52,7 +52,7 @@ def lora_add(
     lora_B: Tensor,
     *,
     scaling: float,
-    dropout_p: float = 0.0,
+    dropout_p: Probability = 0.0,
     overwrite: bool = False,
 ) -> Tensor:
     """LoRA's update added to a base product, as one differentiable op.
@@ -77,16 +77,19 @@ def lora_add(
         x = x.to(base.dtype)
     _check(base, x, lora_A, lora_B)
     if is_transformed():
-        mask = None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+        mask = dropped(torch.ones_like(x), dropout_p) if is_dropping(dropout_p) else None
         return lora_add_reference(base, x, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, mask)
     backend = backends.resolve(x, op="lora_add")
-    seed = draw_seed(x, dropout_p, backend)
-    inputs = (base, x, lora_A, lora_B, scaling, dropout_p, seed, backend)
+    seed = draw_seeds(x, [dropout_p], backend)
+    tensors = (base, x, lora_A, lora_B)
     if runs_eagerly(x):
         overwrite = overwrite and base.is_contiguous() and not base._is_view()
-        return _LoRAAdd.apply(*inputs, overwrite)  # type: ignore[no-any-return, no-untyped-call]
-    y, _ = torch.ops.fastpeft.lora_add(*inputs)
-    return y  # type: ignore[no-any-return]
+        return _LoRAAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
+            *tensors, scaling, number(dropout_p), seed, backend, overwrite
+        )
+    ps, live_p = as_inputs([dropout_p])
+    y: Tensor = torch.ops.fastpeft.lora_add(*tensors, scaling, ps, live_p, seed, backend)[0]
+    return y
 
 
 def _check(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -235,8 +238,40 @@ def _torch_gradients(
     return dx, dA, dB
 
 
-_lora_add = torch.library.custom_op("fastpeft::lora_add", _forward, mutates_args=())
-_lora_add_backward = torch.library.custom_op("fastpeft::lora_add_backward", _gradients, mutates_args=())
+def _forward_op(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    return _forward(base, x, lora_A, lora_B, scaling, p, seed, backend)
+
+
+def _gradients_op(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+    need: list[bool],
+) -> list[Tensor]:
+    (p,), seed = from_inputs(dropout_p, live_p, seed)
+    return _gradients(dy, x, lora_A, lora_B, S, scaling, p, seed, backend, need)
+
+
+_lora_add = torch.library.custom_op("fastpeft::lora_add", _forward_op, mutates_args=())
+_lora_add_backward = torch.library.custom_op("fastpeft::lora_add_backward", _gradients_op, mutates_args=())
 
 
 @_lora_add.register_fake
@@ -246,7 +281,8 @@ def _(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -262,7 +298,8 @@ def _(
     lora_B: Tensor,
     S: Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seed: Tensor | None,
     backend: str,
     need: list[bool],
@@ -276,9 +313,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], S: Tensor) -> None:
-    _, x, lora_A, lora_B, scaling, dropout_p, seed, backend = inputs
+    _, x, lora_A, lora_B, scaling, dropout_p, live_p, seed, backend = inputs
     need_A = ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if need_A else None, lora_A, lora_B, S, seed)
+    ctx.save_for_backward(x if need_A else None, lora_A, lora_B, S, live_p, seed)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend)
 
@@ -291,14 +328,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | None, ...]:
     base_grad, x_grad, A_grad, B_grad = ctx.needs_input_grad[:4]
     if dy is None:
-        return (None,) * 8
-    x, lora_A, lora_B, S, seed = ctx.saved_tensors
+        return (None,) * 9
+    x, lora_A, lora_B, S, live_p, seed = ctx.saved_tensors
     scaling, dropout_p, backend = ctx.options
     need = [x_grad, A_grad, B_grad]
-    gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.lora_add_backward
-    gradients = iter(gradients_of(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, backend, need))
+    gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.lora_add_backward
+    inputs = (dy, x, lora_A, lora_B, S, scaling, dropout_p, live_p, seed, backend, need)
+    gradients = iter(gradients_of(*inputs))
     dx, dA, dB = (next(gradients) if needed else None for needed in need)
-    return dy if base_grad else None, dx, dA, dB, None, None, None, None
+    return dy if base_grad else None, dx, dA, dB, None, None, None, None, None
 
 
 _lora_add.register_autograd(_backward, setup_context=_setup_context)
@@ -318,10 +356,11 @@ class _LoRAAdd(torch.autograd.Function):
             _, S = _added(y.view(-1, y.shape[-1]) if y.dim() != 2 else y, *rest)
         else:
             y, S = _forward(*operands)
-        _save(ctx, tuple(operands), S)
+        *before, dropout_p, seed, backend = operands
+        _save(ctx, (*before, [dropout_p], None, seed, backend), S)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, dy), None)
+        return _backward(ctx, dy)  # as many: no live_p, but overwrite

@@ -15,6 +15,7 @@ from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.eager import is_transformed
 from fastpeft.ops.kernel_paths import kernels
 from fastpeft.ops.lora import lora_linear, lora_linear_reference
+from fastpeft.ops.probability import Probability, dropped, is_dropping
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 from fastpeft_kernels.projection import Projection
 
@@ -71,17 +72,32 @@ def needs_plain_autograd(projections: Sequence[Projection]) -> bool:
     return is_transformed() or (torch.is_grad_enabled() and any(p.weight.requires_grad for p in projections))
 
 
-def dropout_moves_base(projections: Sequence[Projection], dropout_p: float, on_base: bool) -> bool:
+def spread(
+    dropout_p: Probability | Sequence[Probability], projections: Sequence[Projection]
+) -> list[Probability]:
+    """Return one probability a projection."""
+    if not isinstance(dropout_p, Sequence):
+        return [dropout_p] * len(projections)
+    if len(dropout_p) != len(projections):
+        raise ShapeError(
+            f"dropout_p: expected one probability, or {len(projections)} for as many projections, "
+            f"got {len(dropout_p)}"
+        )
+    return list(dropout_p)
+
+
+def dropout_moves_base(projections: Sequence[Projection], ps: Sequence[Probability], on_base: bool) -> bool:
     """Whether dropout reaches a base product, as PEFT's does in DoRA; the fused ops leave that to singles."""
-    return on_base and dropout_p > 0.0 and any(p.magnitude is not None for p in projections)
+    pairs = zip(projections, ps, strict=True)
+    return on_base and any(p.magnitude is not None and is_dropping(q) for p, q in pairs)
 
 
-def draw_mask(x: Tensor, dropout_p: float) -> Tensor | None:
+def draw_mask(x: Tensor, dropout_p: Probability) -> Tensor | None:
     """Return a dropout mask for the plain autograd path, None without dropout."""
-    return None if dropout_p == 0.0 else F.dropout(torch.ones_like(x), dropout_p)
+    return dropped(torch.ones_like(x), dropout_p) if is_dropping(dropout_p) else None
 
 
-def linear(x: Tensor, p: Projection, dropout_p: float) -> Tensor:
+def linear(x: Tensor, p: Projection, dropout_p: Probability) -> Tensor:
     """Return one projection of x by the op for a single linear."""
     if p.lora_A is None or p.lora_B is None:
         return F.linear(x, p.weight, p.bias)

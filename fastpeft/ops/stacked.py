@@ -32,8 +32,9 @@ from fastpeft.errors import ShapeError
 from fastpeft.ops import block_kernels, packed, stacked_torch
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
-from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft_kernels.projection import Projection
 
 
@@ -52,7 +53,11 @@ def stacked_linear_reference(
 
 
 def stacked_linear(
-    x: Tensor, projections: Sequence[Projection], *, dropout_p: float = 0.0, dropout_on_base: bool = True
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout_p: Probability | Sequence[Probability] = 0.0,
+    dropout_on_base: bool = True,
 ) -> tuple[Tensor, ...]:
     """Several linears of one x as one differentiable op.
 
@@ -61,8 +66,8 @@ def stacked_linear(
         projections: one or more, each with or without an adapter, LoRA or DoRA, of any out_features and rank.
             A weight is ``[out_features, in_features]`` of any strides in x's dtype; adapters are in x's dtype
             or fp32; DoRA's norm is computed where it is None.
-        dropout_p: probability of zeroing an element of x on its way to a lora_A; every projection draws its
-            own mask. 0 outside training.
+        dropout_p: probability of zeroing an element of x on its way to a lora_A, one or a list by projection;
+            every projection draws its own mask. 0 outside training.
         dropout_on_base: whether DoRA's base product drops its input too, as in PEFT. With dropout and DoRA,
             that is computed by the ops for single linears, not by this one: the same results, unfused.
 
@@ -77,29 +82,30 @@ def stacked_linear(
     if not projections:
         raise ShapeError("stacked_linear: expected at least one projection, got none")
     x, projections = linears.autocast(x, projections)
+    ps = linears.spread(dropout_p, projections)
     for i, p in enumerate(projections):
         linears.check(f"stacked_linear, projection {i}", x, p)
     if linears.needs_plain_autograd(projections):
         # The op has no gradient for W (its point is a frozen base), plain autograd has.
-        masks = [linears.draw_mask(x, dropout_p) for _ in projections]
+        masks = [linears.draw_mask(x, p) for p in ps]
         return stacked_linear_reference(x, projections, masks, dropout_on_base)
-    if linears.dropout_moves_base(projections, dropout_p, dropout_on_base):
-        return tuple(linears.linear(x, p, dropout_p) for p in projections)
+    if linears.dropout_moves_base(projections, ps, dropout_on_base):
+        return tuple(linears.linear(x, p, q) for p, q in zip(projections, ps, strict=True))
     backend = backends.resolve(x, op="stacked_linear")
     most = block_kernels.MAX_PROJECTIONS
     if backend == "triton" and len(projections) > most:
-        first = stacked_linear(x, projections[:most], dropout_p=dropout_p, dropout_on_base=dropout_on_base)
+        first = stacked_linear(x, projections[:most], dropout_p=ps[:most], dropout_on_base=dropout_on_base)
         return first + stacked_linear(
-            x, projections[most:], dropout_p=dropout_p, dropout_on_base=dropout_on_base
+            x, projections[most:], dropout_p=ps[most:], dropout_on_base=dropout_on_base
         )
-    seeds = draw_seed(x, dropout_p, backend, len(projections))
+    seeds = draw_seeds(x, ps, backend)
     tensors, layout, scalings = packed.pack(projections)
     if runs_eagerly(x):
         return _StackedLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
-            layout, scalings, dropout_p, seeds, backend, x, *tensors
+            layout, scalings, [number(p) for p in ps], seeds, backend, x, *tensors
         )
     outputs: list[Tensor] = torch.ops.fastpeft.stacked_linear(
-        x, tensors, layout, scalings, dropout_p, seeds, backend
+        x, tensors, layout, scalings, *as_inputs(ps), seeds, backend
     )
     return tuple(outputs[: len(projections)])
 
@@ -110,11 +116,13 @@ def _forward(
     tensors: list[Tensor],
     layout: list[int],
     scalings: list[float],
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
     """Return the ys, S, the norms that were not given and the zs that are kept, in that order."""
+    dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     given = packed.unpack(tensors, layout, scalings)
     projections = [linears.with_norm(p, backend) for p in given]
     forward = block_kernels.stacked_forward if backend == "triton" else stacked_torch.forward
@@ -133,7 +141,8 @@ def _gradients(
     layout: list[int],
     scalings: list[float],
     kept: list[Tensor | None],
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
     need: list[bool],
@@ -142,6 +151,7 @@ def _gradients(
 
     ``kept`` is, per projection, z where ``layout`` says so, else y, or None where no dm is wanted.
     """
+    dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     backward = block_kernels.stacked_backward if backend == "triton" else stacked_torch.backward
     dx, gradients = backward(
         [flatten_tokens(dy) for dy in dys],
@@ -172,7 +182,8 @@ def _(
     tensors: list[Tensor],
     layout: list[int],
     scalings: list[float],
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
@@ -194,7 +205,8 @@ def _(
     layout: list[int],
     scalings: list[float],
     kept: list[Tensor | None],
-    dropout_p: float,
+    dropout_p: list[float],
+    live_p: Tensor | None,
     seeds: Tensor | None,
     backend: str,
     need: list[bool],
@@ -206,14 +218,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, layout, scalings, dropout_p, seeds, backend = inputs
+    x, tensors, layout, scalings, dropout_p, live_p, seeds, backend = inputs
     ys, S, rest = output[: len(layout)], output[len(layout)], iter(output[len(layout) + 1 :])
     need = packed.needed(x, tensors, layout)
     needs = packed.needs_of(need)
     tensors, complete = packed.add_norms(tensors, layout, rest)
     zs = [next(rest) if z_is_kept else None for z_is_kept in packed.keep_z(layout)]
     kept = [(y if z is None else z) if n.dot else None for y, z, n in zip(ys, zs, needs, strict=True)]
-    ctx.save_for_backward(S, x if any(n.A for n in needs) else None, seeds, *kept, *tensors)
+    ctx.save_for_backward(S, x if any(n.A for n in needs) else None, live_p, seeds, *kept, *tensors)
     ctx.set_materialize_grads(False)
     ctx.options = (need, layout, complete, scalings, dropout_p, backend)
 
@@ -226,15 +238,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return dx and, as a list, the gradients of the packed tensors, then None for everything else."""
     need, layout, complete, scalings, dropout_p, backend = ctx.options
-    S, x, seeds, *rest = ctx.saved_tensors
+    S, x, live_p, seeds, *rest = ctx.saved_tensors
     kept, tensors = rest[: len(layout)], rest[len(layout) :]
     dys = _filled(grads[: len(layout)], packed.unpack(tensors, complete, scalings))
     if dys is None:
-        return None, packed.no_gradients(layout), None, None, None, None, None
+        return None, packed.no_gradients(layout), *(None,) * 6
     gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.stacked_linear_backward
-    gradients = gradients_of(S, dys, x, tensors, complete, scalings, kept, dropout_p, seeds, backend, need)
+    options = (dropout_p, live_p, seeds, backend, need)
+    gradients = gradients_of(S, dys, x, tensors, complete, scalings, kept, *options)
     dx, placed = packed.in_places(gradients, need, layout)
-    return dx, placed, None, None, None, None, None
+    return dx, placed, *(None,) * 6
 
 
 def _filled(grads: Sequence[Tensor | None], projections: Sequence[Projection]) -> list[Tensor] | None:
@@ -259,13 +272,13 @@ class _StackedLinear(torch.autograd.Function):
         ctx: Any,
         layout: list[int],
         scalings: list[float],
-        dropout_p: float,
+        dropout_p: list[float],
         seeds: Tensor | None,
         backend: str,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        inputs = (x, list(tensors), layout, scalings, dropout_p, seeds, backend)
+        inputs = (x, list(tensors), layout, scalings, dropout_p, None, seeds, backend)
         output = _forward(*inputs)
         _save(ctx, inputs, output)
         return tuple(output[: len(layout)])

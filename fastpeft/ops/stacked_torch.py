@@ -49,21 +49,24 @@ def scale_of(p: Projection) -> Tensor | None:
 def forward(
     x: Tensor,
     projections: Sequence[Projection],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     keep_z: Sequence[bool],
 ) -> Stacked:
-    """Return every projection of x [tokens, in_features]; dropout reaches the adapters only."""
+    """Return every projection of x [tokens, in_features].
+
+    Dropout reaches the adapters only, with one probability and one seed a projection.
+    """
     way = way_for(x)
     if way is not native:
-        dropouts = [_dropout(dropout_p, seeds, i) for i in range(len(projections))]
+        dropouts = [_dropout(ps[i], seeds, i) for i in range(len(projections))]
         results = [
             way.forward(x, p.weight, p.bias, *adapter(p), p.scaling, dropout, scale_of(p), z_is_kept)
             for p, dropout, z_is_kept in zip(projections, dropouts, keep_z, strict=True)
         ]
         S = torch.cat([result.S for result in results], dim=1)
         return Stacked(ys=[result.y for result in results], S=S, zs=[result.z for result in results])
-    S = _down(x, projections, dropout_p, seeds)
+    S = _down(x, projections, ps, seeds)
     ys: list[Tensor] = []
     zs: list[Tensor | None] = []
     for p, columns, z_is_kept in zip(projections, columns_of(projections), keep_z, strict=True):
@@ -88,7 +91,7 @@ def backward(
     S: Tensor,
     kept: Sequence[Tensor | None],
     kept_is_z: Sequence[bool],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     needs: Sequence[Need],
 ) -> tuple[Tensor | None, list[Gradients]]:
@@ -96,9 +99,7 @@ def backward(
 
     dys and kept (y, or z, for dm) are [tokens, out_features] each; x is needed for any lora_A's gradient.
     """
-    dx, results, _ = backward_and_rank_gradient(
-        dys, x, projections, S, kept, kept_is_z, dropout_p, seeds, needs
-    )
+    dx, results, _ = backward_and_rank_gradient(dys, x, projections, S, kept, kept_is_z, ps, seeds, needs)
     return dx, results
 
 
@@ -109,7 +110,7 @@ def backward_and_rank_gradient(
     S: Tensor,
     kept: Sequence[Tensor | None],
     kept_is_z: Sequence[bool],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     needs: Sequence[Need],
     *,
@@ -120,7 +121,7 @@ def backward_and_rank_gradient(
     Another way than native gives no dS. ``in_place`` allows c * dY to be written over dY.
     """
     if way_for(dys[0]) is not native:
-        dx, results = _backward_one_by_one(dys, x, projections, S, kept, kept_is_z, dropout_p, seeds, needs)
+        dx, results = _backward_one_by_one(dys, x, projections, S, kept, kept_is_z, ps, seeds, needs)
         return dx, results, None
     dtype, dx, results = dys[0].dtype, None, []
     dS = dys[0].new_empty(dys[0].shape[0], S.shape[1])
@@ -148,9 +149,9 @@ def backward_and_rank_gradient(
                 dB = (S[:, columns].t() @ g).t().contiguous()
                 result.lora_B = scaled_cast(dB, p.scaling, p.lora_B.dtype)
     if dx is not None:
-        _add_adapters(dx, dS, projections, dropout_p, seeds)
+        _add_adapters(dx, dS, projections, ps, seeds)
     if x is not None:
-        down_gradients(dS, x, projections, dropout_p, seeds, needs, results)
+        down_gradients(dS, x, projections, ps, seeds, needs, results)
     return dx, results, dS
 
 
@@ -165,17 +166,17 @@ def _column_gradients(p: Projection, bias: Tensor | None, dot: Tensor | None, ke
 
 
 def _add_adapters(
-    dx: Tensor, dS: Tensor, projections: Sequence[Projection], dropout_p: float, seeds: Tensor | None
+    dx: Tensor, dS: Tensor, projections: Sequence[Projection], ps: Sequence[float], seeds: Tensor | None
 ) -> None:
     """Add mask * (dS A) to dx: one product for all adapters, where nothing is dropped."""
     if seeds is None:
         if dS.shape[1]:
             dx.addmm_(dS, _all_lora_a(projections, dx.dtype))
         return
-    for p, columns, seed in zip(projections, columns_of(projections), seeds, strict=True):
+    for i, (p, columns) in enumerate(zip(projections, columns_of(projections), strict=True)):
         if p.lora_A is not None:
             product = dS[:, columns] @ p.lora_A.to(dx.dtype)
-            dx.add_(keep_(product, _bits(dx, dropout_p, seed)), alpha=keep_scale(dropout_p))
+            dx.add_(keep_(product, _bits(dx, ps[i], seeds[i])), alpha=keep_scale(ps[i]))
 
 
 def _backward_one_by_one(
@@ -185,14 +186,14 @@ def _backward_one_by_one(
     S: Tensor,
     kept: Sequence[Tensor | None],
     kept_is_z: Sequence[bool],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     needs: Sequence[Need],
 ) -> tuple[Tensor | None, list[Gradients]]:
     dx, results = None, []
     for i, (p, columns) in enumerate(zip(projections, columns_of(projections), strict=True)):
         A, B = adapter(p)
-        dropout = _dropout(dropout_p, seeds, i)
+        dropout = _dropout(ps[i], seeds, i)
         part = way_for(dys[i]).backward(
             dys[i], x, p.weight, A, B, S[:, columns], p.scaling, dropout, needs[i], scale_of(p), kept[i]
         )
@@ -209,7 +210,7 @@ def down_gradients(
     dS: Tensor,
     x: Tensor,
     projections: Sequence[Projection],
-    dropout_p: float,
+    ps: Sequence[float],
     seeds: Tensor | None,
     needs: Sequence[Need],
     results: Sequence[Gradients],
@@ -223,8 +224,8 @@ def down_gradients(
             # A copy even where no cast makes one: a custom op's outputs may not share memory.
             results[i].lora_A = stacked[columns].to(p.lora_A.dtype, copy=True)
         elif seeds is not None:
-            kept = keep(x, _bits(x, dropout_p, seeds[i]))
-            results[i].lora_A = scaled_cast(dS[:, columns].t() @ kept, keep_scale(dropout_p), p.lora_A.dtype)
+            kept = keep(x, _bits(x, ps[i], seeds[i]))
+            results[i].lora_A = scaled_cast(dS[:, columns].t() @ kept, keep_scale(ps[i]), p.lora_A.dtype)
 
 
 def columns_of(projections: Sequence[Projection]) -> list[slice]:
@@ -236,15 +237,15 @@ def columns_of(projections: Sequence[Projection]) -> list[slice]:
     return columns
 
 
-def _down(x: Tensor, projections: Sequence[Projection], dropout_p: float, seeds: Tensor | None) -> Tensor:
+def _down(x: Tensor, projections: Sequence[Projection], ps: Sequence[float], seeds: Tensor | None) -> Tensor:
     """Return S [tokens, sum of r]."""
     if seeds is None:
         return x @ _all_lora_a(projections, x.dtype).t()
     S = x.new_empty(x.shape[0], sum(rank(p) for p in projections))
     for i, (p, columns) in enumerate(zip(projections, columns_of(projections), strict=True)):
         if p.lora_A is not None:
-            kept = keep(x, _bits(x, dropout_p, seeds[i]))
-            A = scaled_cast(p.lora_A, keep_scale(dropout_p), x.dtype)
+            kept = keep(x, _bits(x, ps[i], seeds[i]))
+            A = scaled_cast(p.lora_A, keep_scale(ps[i]), x.dtype)
             torch.mm(kept, A.t(), out=S[:, columns])
     return S
 
@@ -262,5 +263,5 @@ def _bits(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     return keep_bits(like.shape, dropout_p, seed, like)
 
 
-def _dropout(dropout_p: float, seeds: Tensor | None, i: int) -> Dropout | None:
-    return None if seeds is None else Dropout(p=dropout_p, seed=seeds[i])
+def _dropout(p: float, seeds: Tensor | None, i: int) -> Dropout | None:
+    return None if seeds is None or p == 0.0 else Dropout(p=p, seed=seeds[i])

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastpeft.ops.dropout import draw_seed, dropout_mask
+from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft_kernels.projection import Projection
 from tests.kernels.test_dropout import recover_mask
 
@@ -74,15 +74,15 @@ def leaves(projections: Sequence[Projection], dtype: torch.dtype | None = None) 
 
 
 def dropout_masks(
-    shapes: Sequence[tuple[int, ...]], p: float, seed: int, dtype: torch.dtype, backend: str
+    shapes: Sequence[tuple[int, ...]], ps: Sequence[float], seed: int, dtype: torch.dtype, backend: str
 ) -> list[Tensor]:
     """The masks that a block op draws for inputs of these shapes after ``torch.manual_seed(seed)``."""
     torch.manual_seed(seed)
-    seeds = draw_seed(torch.empty(0), p, backend, len(shapes))
+    seeds = draw_seeds(torch.empty(0), ps, backend)
     masks = []
-    for shape, one in zip(shapes, seeds.split(1), strict=True):
+    for shape, p, one in zip(shapes, ps, seeds.split(1), strict=True):
         tokens = torch.empty(shape, dtype=dtype).flatten(0, -2)
-        if backend == "triton":
+        if backend == "triton" and p > 0.0:
             mask = recover_mask(*tokens.shape, p, one) / (1 - p)
         else:
             mask = dropout_mask(tokens, p, one)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastpeft
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
-from fastpeft.ops.dropout import draw_seed, dropout_mask
+from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.features import scale_features
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 from tests.kernels import interpreter
@@ -115,7 +115,7 @@ def test_both_meanings_of_dropout(backend, dtype, bias, on_base):
         pytest.skip("the kernels' own mask is checked against its formula in tests/kernels")
     tensors = problem((4, 25), 16, 12, 4, dtype, bias=bias)
     torch.manual_seed(3)
-    seed = draw_seed(tensors["x"], 0.3, "torch")
+    seed = draw_seeds(tensors["x"], [0.3], "torch")
     mask = dropout_mask(tensors["x"].reshape(-1, 16), 0.3, seed).view(4, 25, 16)
     assert 0.5 < (mask > 0).float().mean() < 0.9
     torch.manual_seed(3)
@@ -249,7 +249,7 @@ def test_opcheck_and_compile():
         for given in (None, norm):
             torch.library.opcheck(
                 torch.ops.fastpeft.dora_linear.default,
-                (*arguments, given, SCALING, 0.0, None, False, "torch"),
+                (*arguments, given, SCALING, [0.0], None, None, False, "torch"),
             )
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), ours(*arguments))

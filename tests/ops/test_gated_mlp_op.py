@@ -218,16 +218,28 @@ def test_frozen_parts_save_nothing():
 def test_dropout_is_drawn_again_in_backward(dtype, backend):
     kinds = [(4, LORA, True), (3, LORA, False), (2, LORA, True)]
     x, projections = problem((8, 25), 16, 24, 19, kinds, dtype)
-    masks = blocks.dropout_masks([(8, 25, 16), (8, 25, 16), (8, 25, 24)], 0.3, 7, dtype, backend)
+    masks = blocks.dropout_masks([(8, 25, 16), (8, 25, 16), (8, 25, 24)], [0.3] * 3, 7, dtype, backend)
     assert not torch.equal(masks[0], masks[1])  # a mask for every projection
     check(x, projections, masks, seed=7, dropout_p=0.3)
+
+
+@with_triton
+@pytest.mark.parametrize("ps", [[0.3, 0.6, 0.0], [0.0, 0.0, 0.4], [0.2, 0.2, 0.5]], ids=str)
+def test_every_projection_may_have_a_probability_of_its_own(ps, backend):
+    x, projections = problem(
+        (4, 25), 16, 12, 9, [(4, LORA, True), (2, DORA, False), (3, LORA, False)], torch.float32
+    )
+    masks = blocks.dropout_masks([(4, 25, 16), (4, 25, 16), (4, 25, 12)], ps, 7, torch.float32, backend)
+    check(x, projections, masks, seed=7, dropout_p=ps, dropout_on_base=False)
 
 
 @with_triton
 def test_dropout_on_adapters_only(backend):
     kinds = [(4, LORA, True), (2, DORA, False), (3, DORA, False)]
     x, projections = problem((4, 25), 16, 12, 9, kinds, torch.float32)
-    masks = blocks.dropout_masks([(4, 25, 16), (4, 25, 16), (4, 25, 12)], 0.3, 7, torch.float32, backend)
+    masks = blocks.dropout_masks(
+        [(4, 25, 16), (4, 25, 16), (4, 25, 12)], [0.3] * 3, 7, torch.float32, backend
+    )
     check(x, projections, masks, seed=7, dropout_p=0.3, dropout_on_base=False)
 
 
@@ -319,9 +331,8 @@ def test_opcheck(seeded, backend):
     projections = leaves(projections)
     projections[1] = with_norm(projections[1])  # one norm given, the other left to the op
     seeds = torch.tensor([3, 4, 5]) if seeded else None
-    arguments = (
-        x.requires_grad_(), *packed.pack(projections), "silu", 0.3 if seeded else 0.0, seeds, True, backend
-    )  # fmt: skip
+    ps = [0.3, 0.3, 0.3] if seeded else [0.0] * 3
+    arguments = (x.requires_grad_(), *packed.pack(projections), "silu", ps, None, seeds, True, backend)
     torch.library.opcheck(torch.ops.fastpeft.gated_mlp.default, arguments)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastpeft
-from fastpeft.ops.dropout import draw_seed, dropout_mask
+from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.lora_add import lora_add, lora_add_reference
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
@@ -102,7 +102,7 @@ def test_dropout_is_drawn_again_in_backward(backend):
     y = lora_add(*leaves, scaling=SCALING, dropout_p=0.4)
     if backend == "torch":  # the kernel's own mask is checked against its formula in tests/kernels
         torch.manual_seed(1)
-        seed = draw_seed(tensors["x"], 0.4, "torch")
+        seed = draw_seeds(tensors["x"], [0.4], "torch")
         mask = dropout_mask(tensors["x"].reshape(-1, 16), 0.4, seed).view(6, 7, 16)
         expected = lora_add_reference(*leaves, SCALING, mask)
         torch.testing.assert_close(y, expected)
@@ -151,7 +151,9 @@ def test_compiles_whole_and_passes_opcheck(backend):
     tensors = problem((3, 5), 16, 24, 4, torch.float32)
     leaves = [t.requires_grad_() for t in tensors.values()]
     torch.library.opcheck(
-        torch.ops.fastpeft.lora_add.default, (*leaves, SCALING, 0.0, None, "torch"), raise_exception=True
+        torch.ops.fastpeft.lora_add.default,
+        (*leaves, SCALING, [0.0], None, None, "torch"),
+        raise_exception=True,
     )
     compiled = torch.compile(
         lambda *t: lora_add(*t, scaling=SCALING, overwrite=True), fullgraph=True, backend="aot_eager"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.ops.dropout import draw_seed, dropout_mask
+from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.lora import lora_linear, lora_linear_reference
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
@@ -168,7 +168,7 @@ def test_dropout_is_drawn_again_in_backward(backend):
     y = forward()
     if backend == "torch":  # the kernel's own mask is checked against its formula in tests/kernels
         torch.manual_seed(1)
-        seed = draw_seed(tensors["x"], 0.4, "torch")
+        seed = draw_seeds(tensors["x"], [0.4], "torch")
         mask = dropout_mask(tensors["x"].reshape(-1, 16), 0.4, seed).view(6, 7, 16)
         expected = reference(tensors["x"], tensors["weight"], None, leaves[1], leaves[2], mask)
         torch.testing.assert_close(y, expected)
@@ -222,7 +222,18 @@ def test_gradcheck_fp64(backend):
 
 def test_opcheck(backend):
     t = {k: v.requires_grad_(k != "weight") for k, v in problem((2, 3), 16, 16, 2, torch.float32).items()}
-    arguments = (t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], SCALING, 0.0, None, backend)
+    arguments = (
+        t["x"],
+        t["weight"],
+        t["bias"],
+        t["lora_A"],
+        t["lora_B"],
+        SCALING,
+        [0.0],
+        None,
+        None,
+        backend,
+    )
     torch.library.opcheck(torch.ops.fastpeft.lora_linear.default, arguments)
 
 

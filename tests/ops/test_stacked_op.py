@@ -224,15 +224,26 @@ def test_dropout_is_drawn_again_in_backward(dtype, backend):
     x, projections = problem(
         (4, 25), 16, [(12, 4, LORA, True), (8, 0, BASE, False), (8, 2, LORA, False)], dtype
     )
-    masks = blocks.dropout_masks([(4, 25, 16)] * 3, 0.3, 7, dtype, backend)
+    masks = blocks.dropout_masks([(4, 25, 16)] * 3, [0.3] * 3, 7, dtype, backend)
     assert not torch.equal(masks[0], masks[2])  # a mask for every projection
     check(x, projections, masks, seed=7, dropout_p=0.3)
 
 
 @with_triton
+def test_every_projection_may_have_a_probability_of_its_own(backend):
+    shapes = [(12, 4, LORA, True), (8, 3, DORA, False), (8, 2, LORA, False)]
+    x, projections = problem((4, 25), 16, shapes, torch.float32)
+    ps = [0.3, 0.6, 0.0]
+    masks = blocks.dropout_masks([(4, 25, 16)] * 3, ps, 7, torch.float32, backend)
+    check(x, projections, masks, seed=7, dropout_p=ps, dropout_on_base=False)
+    with pytest.raises(fastpeft.ShapeError, match="expected one probability, or 3"):
+        stacked_linear(x, projections, dropout_p=ps[:2])
+
+
+@with_triton
 def test_dropout_on_adapters_only(backend):
     x, projections = problem((4, 25), 16, [(12, 4, DORA, True), (8, 2, LORA, False)], torch.float32)
-    masks = blocks.dropout_masks([(4, 25, 16)] * 2, 0.3, 7, torch.float32, backend)
+    masks = blocks.dropout_masks([(4, 25, 16)] * 2, [0.3] * 2, 7, torch.float32, backend)
     check(x, projections, masks, seed=7, dropout_p=0.3, dropout_on_base=False)
 
 
@@ -327,7 +338,8 @@ def test_opcheck(seeded, backend):
     # One norm given, the other left to the op.
     projections[1] = with_norm(projections[1])
     seeds = torch.tensor([3, 4, 5]) if seeded else None
-    arguments = (x.requires_grad_(), *packed.pack(projections), 0.3 if seeded else 0.0, seeds, backend)
+    ps = [0.3, 0.3, 0.3] if seeded else [0.0] * 3
+    arguments = (x.requires_grad_(), *packed.pack(projections), ps, None, seeds, backend)
     torch.library.opcheck(torch.ops.fastpeft.stacked_linear.default, arguments)
 
 

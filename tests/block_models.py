@@ -40,6 +40,34 @@ class Mlp(nn.Module):
         return self.back(self.activation(a) * b) * self.factor
 
 
+class FusedMlp(nn.Module):
+    """Gate and up are the halves of one linear's output, gate first or second."""
+
+    def __init__(self, activation=F.silu, gate_first: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.both = nn.Linear(HIDDEN, 2 * WIDE, bias=bias)
+        self.back = nn.Linear(WIDE, HIDDEN, bias=bias)
+        self.activation, self.gate_first = activation, gate_first
+
+    def forward(self, x):
+        first, second = self.both(x).chunk(2, dim=-1)
+        if self.gate_first:
+            return self.back(second * self.activation(first))
+        return self.back(self.activation(second) * first)
+
+
+class FusedAttention(nn.Module):
+    """q, k and v are parts of one linear's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(HIDDEN, 2 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        qkv = self.qkv(x)
+        return self.out(qkv[..., :HIDDEN] * qkv[..., HIDDEN:])
+
+
 def blocks(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(*copy.deepcopy(layers))

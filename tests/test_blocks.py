@@ -17,8 +17,9 @@ import fastpeft
 from fastpeft.blocks import gated, shared
 from fastpeft.blocks.install import described
 from fastpeft.blocks.source import called_together
-from tests.block_models import HIDDEN, Attention, Mlp, blocks
-from tests.in_place.cases import assert_same_as_peft, peft_model
+from tests.architectures import ARCHITECTURES
+from tests.block_models import HIDDEN, WIDE, Attention, FusedAttention, FusedMlp, Mlp, blocks
+from tests.in_place.cases import assert_same_as_peft, peft_model, with_adapters
 from tests.models import llama, tokens
 from tests.tolerance import relative_error
 
@@ -63,8 +64,15 @@ def test_forwards_are_read_line_by_line():
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize(
     "layers",
-    [(Attention(),), (Mlp(),), (Mlp(activation=F.gelu, swap=True),), (Attention(), Mlp())],
-    ids=["attention", "swiglu", "geglu-swapped", "both"],
+    [
+        (Attention(),),
+        (Mlp(),),
+        (Mlp(activation=F.gelu, swap=True),),
+        (Attention(), Mlp()),
+        (FusedMlp(),),
+        (FusedMlp(F.gelu, gate_first=False, bias=True),),
+    ],
+    ids=["attention", "swiglu", "geglu-swapped", "both", "halves", "halves-swapped"],
 )
 def test_blocks_compute_what_their_linears_do(layers, use_dora):
     model = patched(blocks(*layers), use_dora=use_dora)
@@ -76,7 +84,7 @@ def test_blocks_compute_what_their_linears_do(layers, use_dora):
     ):
         found = gradients(model, x)
         assert stacked.call_count == sum(isinstance(layer, Attention) for layer in layers)
-        assert one_op.call_count == sum(isinstance(layer, Mlp) for layer in layers)
+        assert one_op.call_count == sum(isinstance(layer, (Mlp, FusedMlp)) for layer in layers)
         expected = gradients(unfused(model), x)
         assert stacked.call_count + one_op.call_count == len(layers)
     for got, want in zip(found, expected, strict=True):
@@ -100,8 +108,9 @@ def test_a_linear_called_with_another_tensor_computes_its_own():
         (Mlp(factor=2.0), "its forward is not down"),
         (Mlp(activation=F.relu), "its forward is not down"),
         (Mlp(activation=lambda x: F.silu(x).clamp(max=0.1)), "its forward is not down"),
+        (FusedMlp(activation=lambda x: 2.0 * F.silu(x)), "its forward is not down"),
     ],
-    ids=["factor", "relu", "clamp"],
+    ids=["factor", "relu", "clamp", "halves"],
 )
 def test_what_is_not_quite_a_gated_mlp_is_left_alone_and_reported(module, reason):
     plain = blocks(module)
@@ -165,6 +174,67 @@ def test_checkpointing_recomputes_the_same(options, reentrant):
             parameter.grad = None
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_halves_of_one_linear_drop_the_same_elements(gate_first):
+    """As the one linear does: its mask is of x, whatever it computes of it."""
+    model = patched(blocks(FusedMlp(gate_first=gate_first, bias=True)), lora_dropout=0.4).train()
+    x = torch.randn(3, 4, HIDDEN)
+    results = []
+    for which in (model, unfused(model)):
+        torch.manual_seed(5)
+        results.append(gradients(which, x))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "peft"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.4}], ids=str)
+def test_halves_keep_g_and_u_alone(options, in_place):
+    """Not the linear's output, the activation and h, which the module's own forward keeps."""
+    model = blocks(FusedMlp())
+    if in_place:
+        model = fastpeft.patch(
+            with_adapters(model, [{"r": 2, "target_modules": ["both", "back"], **options}])
+        )
+    else:
+        model = patched(model, **options)
+    model.train()
+    x = torch.randn(50, HIDDEN)
+    storages = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    kept = sum(n for place, n in storages.items() if place not in parameters | {x.data_ptr()})
+    g_and_u, S = 4 * len(x) * 2 * WIDE, 4 * len(x) * 3 * 2
+    if "use_dora" in options:
+        norms = 4 * (2 * WIDE + HIDDEN)
+        assert kept == g_and_u + S + norms + 4 * y.numel()
+    else:
+        assert kept == g_and_u + S + (3 * 8 if "lora_dropout" in options else 0)
+
+
+def test_one_linear_for_q_k_and_v_is_reported():
+    model = patched(blocks(FusedAttention(), FusedMlp()))
+    assert fastpeft.report(model).blocks == (
+        "0: qkv is several linears in one already: one op reads its input once for all",
+        "1: both (gate and up) and back are one op (silu)",
+    )
+
+
+def test_phi3_s_fused_projections_are_found():
+    model = fastpeft.patch(ARCHITECTURES["phi3"][0](), fastpeft.LoRA(r=2))
+    assert fastpeft.report(model).blocks[:2] == (
+        "model.layers.0.self_attn: "
+        "qkv_proj is several linears in one already: one op reads its input once for all",
+        "model.layers.0.mlp: gate_up_proj (gate and up) and down_proj are one op (silu)",
+    )
+
+
 def test_copies_and_pickles_are_blocks_of_their_own():
     model = patched(blocks(Attention(), Mlp()))
     x = torch.randn(2, HIDDEN)
@@ -208,6 +278,25 @@ def test_peft_models_in_place(options):
         untouched.base_model.model.lm_head.lora_A["new"].state_dict()
     )
     assert_close(model(tokens()).logits, untouched(tokens()).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_halves_in_peft_models(options):
+    options = {"r": 2, "target_modules": ["both", "back"], **options}
+    untouched = with_adapters(blocks(FusedMlp(bias=True)), [options])
+    model = fastpeft.patch(copy.deepcopy(untouched))
+    assert fastpeft.report(model).blocks == (
+        "base_model.model.0: both (gate and up) and back are one op (silu)",
+    )
+    x = torch.randn(3, 4, HIDDEN)
+    with mock.patch.object(gated, "gated_mlp", wraps=gated.gated_mlp) as one_op:
+        found = gradients(model, x)
+        assert one_op.call_count == 1
+    for got, want in zip(found, gradients(untouched, x), strict=True):
+        assert_close(got, want)
+    model.merge_adapter()
+    untouched.merge_adapter()
+    assert_close(model(x), untouched(x))
 
 
 def test_compiles_whole():

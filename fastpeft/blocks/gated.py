@@ -4,13 +4,17 @@ The class's own forward is run on a stand-in of the module with three tiny linea
 with the formula's for every assignment of roles and every activation there is an op for. So no list of class
 names or attribute names is needed, and a class that does anything else, be it a factor or a clamp, is left
 alone.
+
+Gate and up may be the halves of one linear's output (Phi-3's ``gate_up_proj``). Then the op gets views of its
+weight, bias, lora_B and magnitude for each half and lora_A for both, so that the gradients reach the one
+Parameter of each, and both halves drop the same elements of x.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -22,6 +26,7 @@ from fastpeft.in_place.install import is_accelerated
 from fastpeft.ops.gated_mlp import Activation, gated_mlp
 from fastpeft.ops.gated_mlp_torch import activated
 from fastpeft.ops.projections import dropout_moves_base
+from fastpeft_kernels.projection import Projection
 
 ATTRIBUTE = "_fastpeft_gated"
 _FEW, _MORE = 3, 5  # features of the stand-in's linears
@@ -29,16 +34,34 @@ _FEW, _MORE = 3, 5  # features of the stand-in's linears
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """The roles of a gated MLP's children, and its activation."""
+    """The roles of a gated MLP's children, and its activation.
+
+    Attributes:
+        gate: the child that computes it.
+        up: likewise; the same child where each is half of its output.
+        down: likewise.
+        activation: of gate.
+        gate_is_second: where gate and up are halves, whether gate is the second.
+    """
 
     gate: str
     up: str
     down: str
     activation: Activation
+    gate_is_second: bool = False
+
+    @property
+    def halves(self) -> bool:
+        """Whether gate and up are the halves of one linear's output."""
+        return self.gate == self.up
+
+    def __str__(self) -> str:
+        inner = f"{self.gate} (gate and up)" if self.halves else f"{self.gate}, {self.up}"
+        return f"{inner} and {self.down} are one op ({self.activation})"
 
 
 class _StandIn:
-    """The module, but for three of its linears."""
+    """The module, but for some of its linears."""
 
     def __init__(self, module: nn.Module, linears: dict[str, nn.Linear]) -> None:
         self._module = module
@@ -49,17 +72,18 @@ class _StandIn:
 
 
 def find_roles(module: nn.Module, linears: dict[str, tuple[int, int]]) -> Gated | str | None:
-    """Return the roles of a module's three linears, given as name to (in, out) features.
+    """Return the roles of a module's two or three linears, given as name to (in, out) features.
 
     A text says why one that has the shape of a gated MLP is left alone; None: it has not.
     """
-    if len(linears) != 3:
+    if len(linears) not in (2, 3):
         return None
     shape_fits = False
     for down in linears:
-        gate, up = (name for name in linears if name != down)
+        inner = [name for name in linears if name != down]
         inside, outside = linears[down]
-        if linears[gate] != linears[up] or linears[gate] != (outside, inside):
+        # Together they make gate and up: d_ff features each.
+        if any(linears[name] != (outside, 2 * inside // len(inner)) for name in inner):
             continue
         # Three square linears are an attention's more often than an MLP's: nothing to say if they are not.
         shape_fits = inside != outside
@@ -67,15 +91,15 @@ def find_roles(module: nn.Module, linears: dict[str, tuple[int, int]]) -> Gated 
             return "its forward was replaced by other code" if shape_fits else None
         if any(isinstance(child, nn.Dropout) and child.p > 0.0 for child in module.children()):
             return "it has a dropout of its own" if shape_fits else None
-        roles = _confirmed(module, gate, up, down)
+        roles = _confirmed(module, inner, down)
         if roles is not None:
             return roles
     return "its forward is not down(act(gate(x)) * up(x))" if shape_fits else None
 
 
 @torch.no_grad()
-def _confirmed(module: nn.Module, gate: str, up: str, down: str) -> Gated | None:
-    sizes = {gate: (_FEW, _MORE), up: (_FEW, _MORE), down: (_MORE, _FEW)}
+def _confirmed(module: nn.Module, inner: list[str], down: str) -> Gated | None:
+    sizes = dict.fromkeys(inner, (_FEW, 2 * _MORE // len(inner))) | {down: (_MORE, _FEW)}
     generator = torch.Generator("cpu").manual_seed(0)
     tiny: dict[str, nn.Linear] = {}
     for name, (inside, outside) in sizes.items():
@@ -88,10 +112,14 @@ def _confirmed(module: nn.Module, gate: str, up: str, down: str) -> Gated | None
         return None  # more than a function of its three linears: whatever it was, it is left alone
     if not isinstance(found, Tensor) or found.shape != (1, 2, _FEW):
         return None
-    for (first, second), activation in itertools.product(((gate, up), (up, gate)), get_args(Activation)):
-        expected = tiny[down](activated(tiny[first](x), activation) * tiny[second](x))
-        if torch.allclose(found[0], expected, rtol=1e-5, atol=1e-6):
-            return Gated(first, second, down, activation)
+    parts = torch.cat([tiny[name](x) for name in inner], dim=-1).chunk(2, dim=-1)
+    for is_swapped, activation in itertools.product((False, True), get_args(Activation)):
+        g, u = reversed(parts) if is_swapped else parts
+        if torch.allclose(found[0], tiny[down](activated(g, activation) * u), rtol=1e-5, atol=1e-6):
+            if len(inner) == 1:
+                return Gated(inner[0], inner[0], down, activation, is_swapped)
+            gate, up = reversed(inner) if is_swapped else inner
+            return Gated(gate, up, down, activation)
     return None
 
 
@@ -108,14 +136,15 @@ def gated_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _fused(module: nn.Module, roles: Gated, x: Tensor) -> Tensor | None:
     children: dict[str, Any] = module._modules
     # Their own calls are left out, so nobody may be waiting for them.
-    layers = [children[name] for name in (roles.gate, roles.up, roles.down)]
+    layers = [children[name] for name in dict.fromkeys((roles.gate, roles.up, roles.down))]
     views: list[View] = []
     x_like = x
     for layer in layers:
         if layer is None or not is_called_bare(layer):
             return None
-        if layer is layers[2]:  # shapes like h's of a tensor that holds nothing
-            x_like = x.new_empty(()).expand(*x.shape[:-1], views[0].projection.weight.shape[0])
+        if layer is layers[-1]:  # shapes like h's of a tensor that holds nothing
+            d_ff = views[0].projection.weight.shape[0] // (2 if roles.halves else 1)
+            x_like = x.new_empty(()).expand(*x.shape[:-1], d_ff)
         view = view_of(layer, x_like)
         if view is None:
             return None
@@ -124,13 +153,41 @@ def _fused(module: nn.Module, roles: Gated, x: Tensor) -> Tensor | None:
     if dropout is None:
         return None
     ps, on_base = dropout
-    gate, up, down = projections = [view.projection for view in views]
+    projections = [view.projection for view in views]
     if dropout_moves_base(projections, ps, on_base):
         return None  # the op would leave that to single linears itself
+    if roles.halves:
+        projections, ps = [*_halves(projections[0], roles.gate_is_second), projections[1]], [ps[0], *ps]
+    gate, up, down = projections
     for layer in layers:
         if layer is not None and is_accelerated(layer):
             layer._fastpeft_layer.calls.count("fused")
-    return gated_mlp(x, gate, up, down, activation=roles.activation, dropout_p=ps, dropout_on_base=on_base)
+    return gated_mlp(
+        x,
+        gate,
+        up,
+        down,
+        activation=roles.activation,
+        dropout_p=ps,
+        dropout_on_base=on_base,
+        one_inner_mask=roles.halves,
+    )
+
+
+def _halves(p: Projection, gate_is_second: bool) -> tuple[Projection, Projection]:
+    """Return gate and up as views of the linear that computes both; lora_A is both's."""
+
+    # Not two slices: the gradient of a split is put together in one pass, a slice's is padded with zeros.
+    def parts(t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if t is None:
+            return None, None
+        first, second = t.chunk(2)
+        return (second, first) if gate_is_second else (first, second)
+
+    fields = ("weight", "bias", "lora_B", "magnitude", "norm")
+    by_field = {name: parts(getattr(p, name)) for name in fields}
+    gate, up = ({name: pair[i] for name, pair in by_field.items()} for i in (0, 1))
+    return replace(p, **gate), replace(p, **up)  # type: ignore[arg-type]  # a weight is always there
 
 
 def is_ours(module: nn.Module) -> bool:

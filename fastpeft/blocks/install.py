@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.blocks import gated, shared
-from fastpeft.blocks.source import called_together
+from fastpeft.blocks.source import called_together, taken_apart
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.install import is_accelerated, is_linear_layer
 from fastpeft.in_place.record import LAYER_ATTRIBUTE
@@ -47,10 +47,11 @@ def release_blocks(model: nn.Module) -> None:
 def described(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, what it is) of every block."""
     for path, module in model.named_modules():
+        kind: Any = type(module)
         roles: gated.Gated | str | None = module.__dict__.get(gated.ATTRIBUTE)
         if isinstance(roles, gated.Gated):
             if gated.is_ours(module):
-                yield path, f"{roles.gate}, {roles.up} and {roles.down} are one op ({roles.activation})"
+                yield path, str(roles)
                 continue
             roles = "its forward was replaced by other code"
         if roles is not None:
@@ -58,6 +59,9 @@ def described(model: nn.Module) -> Iterator[tuple[str, str]]:
         siblings: shared.Siblings | None = module.__dict__.get(shared.ATTRIBUTE)
         for run in siblings.runs if siblings is not None else ():
             yield path, f"{', '.join(run)} share their input and are one op"
+        for name in sorted(taken_apart(kind) & module._modules.keys()):
+            if _has_adapters(module._modules[name]) and not isinstance(roles, gated.Gated):
+                yield path, f"{name} is several linears in one already: one op reads its input once for all"
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

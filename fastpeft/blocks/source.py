@@ -1,6 +1,7 @@
 """What a module does with its children, read from its source, for any class.
 
-Which of them its forward calls with the same variable, and whose weights it takes without calling them.
+Which of them its forward calls with the same variable, whose results it takes apart, and whose weights it
+takes without calling them.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 Place = tuple[int, int]
@@ -50,6 +52,48 @@ def _calls(kind: Any) -> tuple[tuple[str, object], ...]:
         version = sum(stored == variable and line < call.lineno for stored, line in stores)
         found.append(((call.lineno, call.col_offset), name, (variable, version)))
     return tuple((name, argument) for _, name, argument in sorted(found, key=lambda entry: entry[0]))
+
+
+@cache
+def taken_apart(kind: Any) -> frozenset[str]:
+    """Return the children whose result a class's forward splits or slices: several linears in one already.
+
+    ``qkv = self.qkv(x)`` and then ``qkv[..., :n]`` or ``qkv.chunk(3)``, or all in one expression.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    variables: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=variable)], value=value):
+                if (name := _child_called(value)) is not None:
+                    variables[variable] = name
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="chunk" | "split" | "tensor_split" | "unbind", value=whole)
+            ):
+                found.add(_child_called(whole, variables))
+            case ast.Subscript(value=whole, slice=ast.Tuple(elts=[*_, ast.Slice()])):
+                found.add(_child_called(whole, variables))
+    return frozenset(name for name in found if name is not None)
+
+
+def _child_called(node: ast.AST, variables: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """Return ``name`` for ``self.name(..)``, methods called on it or not, or for its variable."""
+    while True:
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
+                return name
+            case ast.Call(func=ast.Attribute(value=inner)):
+                node = inner
+            case ast.Name(id=variable):
+                return variables.get(variable)
+            case _:
+                return None
 
 
 @cache

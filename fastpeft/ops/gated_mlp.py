@@ -69,6 +69,7 @@ def gated_mlp(
     activation: Activation = "silu",
     dropout_p: Probability | Sequence[Probability] = 0.0,
     dropout_on_base: bool = True,
+    one_inner_mask: bool = False,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` as one differentiable op.
 
@@ -83,6 +84,7 @@ def gated_mlp(
             three; every projection draws its own mask. 0 outside training.
         dropout_on_base: whether DoRA's base product drops its input too, as in PEFT. With dropout and DoRA,
             that is computed by the ops for single linears, not by this one: the same results, unfused.
+        one_inner_mask: whether gate and up drop the same elements of x, as halves of one linear do.
 
     Returns:
         ``[..., out_features]`` in x's dtype (in autocast's, where that is on). It is kept for backward where
@@ -113,12 +115,18 @@ def gated_mlp(
         # The op has no gradient for W (its point is a frozen base), plain autograd has.
         h_like = x.new_empty(*x.shape[:-1], gate.weight.shape[0])
         masks = [linears.draw_mask(t, p) for t, p in zip((x, x, h_like), ps, strict=True)]
+        if one_inner_mask:
+            masks[1] = masks[0]
         return gated_mlp_reference(x, gate, up, down, activation, masks, dropout_on_base)
     if linears.dropout_moves_base(projections, ps, dropout_on_base):
+        if one_inner_mask:
+            raise ConfigError("gated_mlp: one mask for gate and up is not to be had with dropout on the base")
         h = activated(linears.linear(x, gate, ps[0]), activation) * linears.linear(x, up, ps[1])
         return linears.linear(h, down, ps[2])
     backend = backends.resolve(x, op="gated_mlp")
-    seeds = draw_seeds(x, ps, backend)
+    seeds = draw_seeds(x, ps[1:] if one_inner_mask else ps, backend)
+    if one_inner_mask and seeds is not None:
+        seeds = torch.cat([seeds[:1], seeds])
     tensors, layout, scalings = packed.pack(projections)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if runs_eagerly(x):

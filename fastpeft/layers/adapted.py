@@ -14,7 +14,8 @@ hooked, trained) the update is added to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ from fastpeft.ops.probability import Probability, dropped, is_dropping
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(NamedTuple):
     """What one adapter adds: ``scaling * drop(x) lora_A^T lora_B^T + bias``; DoRA's has a magnitude.
 
     ``dropout_on_base`` is the meaning of DoRA's dropout (:mod:`fastpeft.ops.dora`).
@@ -66,7 +66,7 @@ def with_response(adapters: list[Adapter], response: Tensor) -> list[Adapter] | 
     if any(adapter.magnitude is not None for adapter in adapters):
         return None
     return [
-        replace(a, lora_B=a.lora_B * response, bias=None if a.bias is None else a.bias * response)
+        a._replace(lora_B=a.lora_B * response, bias=None if a.bias is None else a.bias * response)
         for a in adapters
     ]
 

@@ -141,14 +141,16 @@ class AdapterMixin(nn.Module):
     def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
         """Return those adapters of these names (default: the active ones) that the layer has."""
         found = []
+        # Module internals: ParameterDict's and nn.Module's own lookups take 2 us a name.
+        A, B = self._modules["lora_A"]._parameters, self._modules["lora_B"]._parameters  # type: ignore[union-attr]
         for name in self.active_adapters if names is None else names:
             spec = self.specs.get(name)
             if spec is not None:
                 found.append(
                     Adapter(
                         name,
-                        self.lora_A[name],
-                        self.lora_B[name],
+                        A[name],  # type: ignore[arg-type]  # those of a spec are there
+                        B[name],  # type: ignore[arg-type]
                         None,
                         spec.scaling,
                         self._dropout_p(name),

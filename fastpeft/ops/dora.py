@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
@@ -49,7 +48,7 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
@@ -431,6 +430,6 @@ class _DoRALinear(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)[:-1]

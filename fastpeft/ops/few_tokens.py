@@ -70,8 +70,9 @@ def backward(
     result = Gradients()
     dy32 = dy.float()
     g32 = dy32 if c is None else dy32 * c
+    S32, B32 = S.float(), lora_B.float()
     if need.x or need.A:
-        dS = _product(g32, lora_B.float(), scaling)
+        dS = torch.addmm(S32, g32, B32, beta=0, alpha=scaling)  # beta = 0: S32 is only of the right shape
     if need.x:
         g = dy if c is None else g32.to(dy.dtype)
         A = lora_A.float()
@@ -88,18 +89,13 @@ def backward(
         assert x is not None
         result.A = dS.t() @ _kept(x, dropout)
     if need.B:
-        result.B = _product(g32.t(), S.float(), scaling)
+        result.B = torch.addmm(B32, g32.t(), S32, beta=0, alpha=scaling)
     if need.bias:
         result.bias = dy32.sum(0)
     if need.dot:
         assert kept is not None
         result.dot = (dy32 * kept).sum(0)
     return result
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``scale * a @ b`` without a pass for the scale."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:

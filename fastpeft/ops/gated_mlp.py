@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ConfigError, ShapeError
@@ -34,7 +32,7 @@ from fastpeft.ops import block_kernels, gated_mlp_torch, packed
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.eager import differentiable_once, runs_eagerly
 from fastpeft.ops.gated_mlp_torch import activated
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.products import Need
@@ -218,7 +216,7 @@ def _gradients(
 def _needs(need: list[bool]) -> list[Need]:
     """Return what gate, up and down are asked for; down's x is h, in front of which lies everything else."""
     gate, up, down = packed.needs_of(need)
-    return [gate, up, replace(down, x=need[0] or any(need[1:9]))]
+    return [gate, up, down._replace(x=need[0] or any(need[1:9]))]
 
 
 def _kept_for_dm(kept: Sequence[Tensor | None], g: Tensor | None, u: Tensor | None) -> list[Tensor | None]:
@@ -359,7 +357,7 @@ class _GatedMLP(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, placed, *_ = _backward(ctx, (dy,))
         return None, None, None, None, None, None, None, dx, *placed

@@ -16,17 +16,18 @@ in fp32; their gradients come back in their own dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import (
     autocast_inputs,
+    cast,
     check_inputs,
     flatten_tokens,
     needs_gradients,
@@ -34,7 +35,7 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.ways import way_for
@@ -149,10 +150,10 @@ def _gradients(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
-    need: list[bool],
+    need: Sequence[bool],
     bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Return the gradients that ``need`` asks for, out of (x, lora_A, lora_B, bias), in that order."""
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of (x, lora_A, lora_B, bias), None where ``need`` does not ask for it."""
     dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
     need_x, need_A, need_B, need_bias = need
@@ -179,12 +180,12 @@ def _gradients(
         wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias)
         result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, None, None)
         dx = result.x
-        dA = None if result.A is None else result.A.to(lora_A.dtype)
-        dB = None if result.B is None else result.B.to(lora_B.dtype)
+        dA = None if result.A is None else cast(result.A, lora_A.dtype)
+        dB = None if result.B is None else cast(result.B, lora_B.dtype)
         dbias = None if result.bias is None else result.bias.to(bias_dtype)
     if dx is not None:
         dx = unflatten_tokens(dx, dy.shape)
-    return [gradient for gradient in (dx, dA, dB, dbias) if gradient is not None]
+    return dx, dA, dB, dbias
 
 
 def _forward_op(
@@ -219,7 +220,8 @@ def _gradients_op(
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     (p,), seed = from_inputs(dropout_p, live_p, seed)
-    return _gradients(dy, x, weight, lora_A, lora_B, S, scaling, p, seed, backend, need, bias_dtype)
+    found = _gradients(dy, x, weight, lora_A, lora_B, S, scaling, p, seed, backend, need, bias_dtype)
+    return [gradient for gradient in found if gradient is not None]
 
 
 _lora_linear = torch.library.custom_op("fastpeft::lora_linear", _forward_op, mutates_args=())
@@ -270,17 +272,13 @@ def _(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], S: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, lora_A, lora_B, scaling, dropout_p, live_p, seed, backend = inputs
-    need_A = ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S, live_p, seed)
+    S = output[1]
+    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, live_p, seed)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(S)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | None, ...]:
@@ -291,8 +289,7 @@ def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | N
     scaling, dropout_p, backend, bias_dtype = ctx.options
     need = [x_grad, A_grad, B_grad, bias_grad]
     inputs = (dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, live_p, seed, backend, need, bias_dtype)
-    gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.lora_linear_backward
-    gradients = iter(gradients_of(*inputs))
+    gradients = iter(torch.ops.fastpeft.lora_linear_backward(*inputs))
     dx, dA, dB, dbias = (next(gradients) if needed else None for needed in need)
     return dx, None, dbias, dA, dB, None, None, None, None, None
 
@@ -304,13 +301,38 @@ class _LoRALinear(torch.autograd.Function):
     """``fastpeft::lora_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, S = _forward(*inputs)
-        *tensors, scaling, dropout_p, seed, backend = inputs
-        _save(ctx, (*tensors, scaling, [dropout_p], None, seed, backend), S)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        y, S = _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, seed)
+        ctx.set_materialize_grads(False)
+        ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)[:-1]
+        if dy is None:
+            return (None,) * 9
+        need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        need = (need_x, need_A, need_B, need_bias)
+        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        scaling, p, backend, bias_dtype = ctx.options
+        tensors = (dy, x, weight, lora_A, lora_B, S)
+        if runs_eagerly(dy):
+            dx, dA, dB, dbias = _gradients(*tensors, scaling, p, seed, backend, need, bias_dtype)
+        else:  # an autograd that is traced
+            options = ([p], None, seed, backend, list(need), bias_dtype)
+            found = iter(torch.ops.fastpeft.lora_linear_backward(*tensors, scaling, *options))
+            dx, dA, dB, dbias = (next(found) if needed else None for needed in need)
+        return dx, None, dbias, dA, dB, None, None, None, None

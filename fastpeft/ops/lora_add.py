@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
@@ -33,7 +32,7 @@ from fastpeft.ops._common import (
 )
 from fastpeft.ops.cpu_gemm import products_in_fp32
 from fastpeft.ops.dropout import draw_seeds, keep, keep_, keep_bits, keep_scale
-from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 
 
@@ -361,6 +360,6 @@ class _LoRAAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)  # as many: no live_p, but overwrite

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft.ops._common import accumulation_dtype, scaled_cast
+from fastpeft.ops._common import accumulation_dtype, cast, scaled_cast
 from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
 from fastpeft.ops.features import feature_dot, feature_sum, scale_features
 from fastpeft.ops.products import Dropout, Forward, Gradients, Need
@@ -29,7 +29,7 @@ def forward(
         kept = keep(x, keep_bits(x.shape, dropout.p, dropout.seed, x))
         k = keep_scale(dropout.p)
     S = kept @ scaled_cast(lora_A, k, x.dtype).t()
-    Bt = lora_B.to(x.dtype).t()
+    Bt = cast(lora_B, x.dtype).t()
     # In place, so that the rank-r product costs one pass over y and no temporary of its size; the scaling is
     # the GEMM's own factor, applied in fp32.
     if c is None:
@@ -67,9 +67,9 @@ def backward(
     if need.x or need.A or need.B:
         g = dy if c is None else scale_features(dy, c)
     if need.x or need.A:
-        dS = g @ scaled_cast(lora_B, scaling, dy.dtype)
+        dS = _scaled_product(g, lora_B, scaling, S)
     if need.x:
-        A = lora_A.to(dy.dtype)
+        A = cast(lora_A, dy.dtype)
         if bits is None:
             result.x = (g @ weight).addmm_(dS, A)
         elif c is None or (dropout is not None and not dropout.on_base):
@@ -83,7 +83,7 @@ def backward(
         dA = dS.t() @ (x if bits is None else keep(x, bits))
         result.A = scaled_cast(dA, k, accumulation_dtype(dy.dtype))
     if need.B:
-        result.B = _grad_lora_b(g, S, scaling)
+        result.B = _grad_lora_b(g, S, scaling, lora_B)
     if need.bias:
         result.bias = feature_sum(dy)
     if need.dot:
@@ -92,10 +92,23 @@ def backward(
     return result
 
 
-def _grad_lora_b(g: Tensor, S: Tensor, scaling: float) -> Tensor:
+def _scaled_product(a: Tensor, b: Tensor, scaling: float, like: Tensor) -> Tensor:
+    """Return ``scaling * a @ b`` in a's dtype, ``like`` a tensor of its shape.
+
+    In fp32 (fp64) the factor is the product's own: a pass over b or the result would be another call, which
+    for a few tokens is what takes time. ``like`` stands where a product adds to something, and is not read.
+    """
+    if a.dtype is b.dtype and like.dtype is a.dtype and a.dtype in (torch.float32, torch.float64):
+        return torch.addmm(like, a, b, beta=0, alpha=scaling)
+    return a @ scaled_cast(b, scaling, a.dtype)
+
+
+def _grad_lora_b(g: Tensor, S: Tensor, scaling: float, lora_B: Tensor) -> Tensor:
     """Return ``scaling * g^T S`` [out_features, r] in fp32 (fp64)."""
     dtype = accumulation_dtype(g.dtype)
-    if g.dtype == dtype or S.shape[1] > 16:
+    if g.dtype is dtype:
+        return _scaled_product(g.t(), S, scaling, lora_B)
+    if S.shape[1] > 16:
         return scaled_cast(g.t() @ S, scaling, dtype)
     # The wide matrix on the right, which oneDNN packs faster: at 2048 x 4096 and r = 16, 1.1 ms with the
     # transposition against 1.4. From r = 32 on the transposition costs more than that saves.

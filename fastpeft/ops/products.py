@@ -7,6 +7,7 @@ in fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,8 +27,7 @@ class Dropout:
     on_base: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """Results of a forward.
 
     Attributes:
@@ -41,8 +41,7 @@ class Forward:
     z: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """Which gradients a backward is asked for; ``dot`` is colsum(dY * kept), of which DoRA makes dm."""
 
     x: bool

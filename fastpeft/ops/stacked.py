@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
@@ -33,7 +32,7 @@ from fastpeft.ops import block_kernels, packed, stacked_torch
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.eager import differentiable_once, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft_kernels.projection import Projection
 
@@ -284,7 +283,7 @@ class _StackedLinear(torch.autograd.Function):
         return tuple(output[: len(layout)])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, placed, *_ = _backward(ctx, grads)
         return None, None, None, None, None, dx, *placed

@@ -12,6 +12,8 @@ from fastpeft.ops.cpu_gemm import products_in_fp32
 
 def way_for(tokens: Tensor) -> ModuleType:
     """Return the module whose ``forward`` and ``backward`` serve ``tokens`` [tokens, features]."""
+    if tokens.element_size() != 2:
+        return native
     if few_tokens.serves(tokens):
         return few_tokens
     return blocked if products_in_fp32(tokens) else native

@@ -93,7 +93,7 @@ def _pefts_view(layer: Any, x: Tensor) -> View | None:
 def _view(layer: nn.Module, base: Any, x: Tensor, adapters: list[Adapter], norms: Any) -> View | None:
     """``norms`` has the caches of the adapters' row norms."""
     weight: Tensor = base.weight
-    dtype = weight.dtype if not autocast_is_on(x.device.type) else x.dtype
+    dtype = weight.dtype if not autocast_is_on(x) else x.dtype
     if not is_plain(weight) or weight.dim() != 2 or x.dtype is not dtype or weight.device != x.device:
         return None
     if weight.requires_grad and torch.is_grad_enabled():

@@ -49,6 +49,12 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name`` of a parameter, past ``nn.Module.__getattr__`` where it is one as registered."""
+    registered = module._parameters
+    return registered[name] if name in registered else getattr(module, name)
+
+
 def read(module: Any, name: str) -> Adapter | str:
     """Return the adapter ``name`` of a PEFT linear, or why it is PEFT's own business."""
     modules = module._modules
@@ -61,23 +67,27 @@ def read(module: Any, name: str) -> Adapter | str:
         return "hooks on lora_A, lora_B or lora_dropout"
     if is_replaced(lora_A) or is_replaced(lora_B):
         return "forward of lora_A or lora_B replaced by other code"
-    A, B = lora_A.weight, lora_B.weight
+    A, B = parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
+    bias = parameter_of(lora_B, "bias")
+    assert A is not None, "an nn.Linear's"
+    assert B is not None, "an nn.Linear's"
     if not is_plain(A) or not is_plain(B):
         return f"lora_A is {type(A).__name__}, not a plain tensor"
     if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
         return "lora_A or lora_B is a shard"  # FSDP1 wraps trainable leaves apart
-    if lora_A.bias is not None:
+    if parameter_of(lora_A, "bias") is not None:
         return "lora_A has a bias"
     if (p := probability_of(dropout)) is None:
         return f"lora_dropout is {dropout}"
     magnitude: Tensor | None = None
-    variant = type(module.lora_variant.get(name)).__name__
+    variants = module.lora_variant
+    variant = type(variants.get(name)).__name__ if variants else "NoneType"
     if variant == "DoraLinearVariant":
         found = _magnitude(module, name, dropout)
         if isinstance(found, str):
             return found
         magnitude = found
-        if lora_B.bias is not None:
+        if bias is not None:
             return "DoRA with lora_bias"
     elif variant == "KasaLinearVariant":
         if name in (getattr(module, "_lora_kasa_truncation_deferred", None) or ()):
@@ -89,9 +99,9 @@ def read(module: Any, name: str) -> Adapter | str:
     if isinstance(scaling, Tensor):
         # A hot-swap compiled for many adapters keeps the scaling in a tensor; read as a number, it would be a
         # constant of the compiled code.
-        B, scaling, bias = B * scaling, 1.0, None if lora_B.bias is None else lora_B.bias * scaling
-    else:
-        bias = None if lora_B.bias is None else lora_B.bias * scaling
+        B, bias, scaling = B * scaling, None if bias is None else bias * scaling, 1.0
+    elif bias is not None:
+        bias = bias * scaling
     return Adapter(name, A, B, bias, scaling, p, magnitude)
 
 

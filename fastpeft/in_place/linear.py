@@ -18,6 +18,7 @@ from fastpeft.in_place.adapters import (
     is_activated,
     is_plain,
     is_replaced,
+    parameter_of,
     read,
 )
 from fastpeft.in_place.record import Layer
@@ -48,7 +49,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             module.unmerge()
         layer.calls.count("base")
         return module.base_layer(x, *args, **_for_base(kwargs))  # type: ignore[no-any-return]
-    if args or any(value is not None for value in _for_base(kwargs).values()):
+    if args or (kwargs and any(value is not None for value in _for_base(kwargs).values())):
         return _peft(
             module, f"called with {', '.join(_for_base(kwargs)) or 'more arguments'}", x, *args, **kwargs
         )
@@ -68,7 +69,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not active:
         layer.calls.count("base")
         return base(x)  # type: ignore[no-any-return]
-    if any(is_activated(module, name) for name in active):
+    if module.lora_variant and any(is_activated(module, name) for name in active):
         if len(active) > 1:
             return _peft(module, "several active adapters, one of them an activated LoRA", x, **kwargs)
         return _by_row(module, x, active * len(x), kwargs)
@@ -85,8 +86,9 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer.calls.count("added")
         return added_linear(x, adapters, _base(module))
     layer.calls.count("fused")
-    bias = base.bias
-    return fused_linear(x, base.weight, weight, bias, adapters, layer.norm_cache, lambda: _base(module))
+    stored, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
+    assert stored is not None
+    return fused_linear(x, stored, weight, bias, adapters, layer.norm_cache, lambda: _base(module))
 
 
 def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) -> Tensor:
@@ -139,7 +141,7 @@ def _base(module: Any) -> Base:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    if autocast_is_on(x.device.type) and x.dtype is not torch.float64:
+    if autocast_is_on(x) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -166,17 +168,17 @@ def unfit(module: Any, x: Tensor, adapters: list[Adapter]) -> str | None:
 
 def _fusable_weight(base: Any, x: Tensor, adapter: Adapter) -> Tensor | None:
     """Return the base's weight as [out_features, in_features] where its product can be ours, else None."""
-    transposed = is_conv1d(base)
-    if not transposed and type(base) is not nn.Linear:
+    transposed = type(base) is not nn.Linear
+    if transposed and not is_conv1d(base):
         return None
     if has_hooks(base) or is_replaced(base):
         return None
-    weight: Tensor = base.weight
-    if not is_plain(weight) or weight.dim() != 2 or not weight.is_floating_point():
+    weight = parameter_of(base, "weight")
+    if weight is None or not is_plain(weight) or weight.dim() != 2 or not weight.is_floating_point():
         return None
     if weight.requires_grad and torch.is_grad_enabled():
         return None  # autograd's own product is the best for a weight that trains
-    if weight.dtype is not x.dtype and not autocast_is_on(x.device.type):
+    if weight.dtype is not x.dtype and not autocast_is_on(x):
         return None
     if weight.element_size() < 2 or weight.device != x.device or adapter.lora_A.device != x.device:
         return None

@@ -43,18 +43,17 @@ def check_inputs(
         )
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on for a device type; some, such as meta, have none."""
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; some, such as meta, have none."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return False  # as nearly always: one question instead of two
+        return False  # as nearly always, for one question instead of three
+    device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to autocast's dtype where it is on, as ``F.linear`` would; adapters keep their own dtype."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return x, weight, bias
-    if not autocast_is_on(x.device.type) or x.dtype is torch.float64:
+    if not autocast_is_on(x) or x.dtype is torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -76,10 +75,10 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
-        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not autocast_is_on(device_type):
+        first = next(a for a in args if isinstance(a, Tensor))
+        if not autocast_is_on(first):
             return function(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped

@@ -30,6 +30,7 @@ A row with n = 0 gets c = 0, not NaN; one with m = 0 gets a c of 1e-30 (:data:`M
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_inputs,
+    cast,
     check_inputs,
     flatten_tokens,
     needs_gradients,
@@ -51,7 +53,7 @@ from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
-from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
+from fastpeft.ops.row_norm import checked_row_scale, row_norm, row_norm_squared, row_scale
 from fastpeft.ops.ways import way_for
 
 
@@ -178,11 +180,12 @@ def _forward(
     seed: Tensor | None,
     on_base: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [..., out_features], S [tokens, r], z (empty if not kept) and n (empty if it was given)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool]:
+    """Return y [..., out_features], S [tokens, r], z where it is kept, n, and what checked_row_scale says."""
     tokens = flatten_tokens(x)
     keep_z = keeps_product(x, bias, on_base)
     z: Tensor | None
+    is_quotient = False
     if backend == "triton":
         y, S, z, n = kernel_paths.dora_forward(
             tokens,
@@ -202,12 +205,10 @@ def _forward(
         n = norm if norm is not None else row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight))
         way = way_for(tokens)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
-        c = row_scale(magnitude, n)
+        c, is_quotient = checked_row_scale(magnitude, n)
         result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, c, keep_z)
         y, S, z = result.y, result.S, result.z
-    if z is None:
-        z = y.new_empty(0, weight.shape[0])
-    return unflatten_tokens(y, x.shape), S, z, n if norm is None else n.new_empty(0)
+    return unflatten_tokens(y, x.shape), S, z, n if norm is None else norm, is_quotient
 
 
 @without_autocast
@@ -227,10 +228,14 @@ def _gradients(
     on_base: bool,
     kept_is_z: bool,
     backend: str,
-    need: list[bool],
+    need: Sequence[bool],
     bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Return the gradients that ``need`` asks for, out of (x, bias, lora_A, lora_B, magnitude), in order."""
+    is_quotient: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of (x, bias, lora_A, lora_B, magnitude), None where ``need`` does not ask for it.
+
+    ``is_quotient``: forward's :func:`checked_row_scale` said so, which is not asked again.
+    """
     need_x, need_bias, need_A, need_B, need_m = need
     dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
@@ -259,22 +264,25 @@ def _gradients(
             bias_dtype=bias_dtype,
         )
     else:
-        c = row_scale(magnitude, norm)
+        m = cast(magnitude, norm.dtype)
+        c = m / norm if is_quotient else row_scale(magnitude, norm)
         way = way_for(dy2d)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
         wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m)
         result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, c, kept2d)
         dx = result.x
-        dA = None if result.A is None else result.A.to(lora_A.dtype)
-        dB = None if result.B is None else result.B.to(lora_B.dtype)
+        dA = None if result.A is None else cast(result.A, lora_A.dtype)
+        dB = None if result.B is None else cast(result.B, lora_B.dtype)
         dbias = None if result.bias is None else result.bias.to(bias_dtype)
         dm = None
-        if result.dot is not None:
+        if result.dot is not None and is_quotient:
+            dm = cast(result.dot / (norm if kept_is_z else m), magnitude.dtype)
+        elif result.dot is not None:
             divisor = norm if kept_is_z else c * norm
             dm = torch.where(norm > 0, result.dot / divisor, 0.0).to(magnitude.dtype)
     if dx is not None:
         dx = unflatten_tokens(dx, dy.shape)
-    return [gradient for gradient in (dx, dbias, dA, dB, dm) if gradient is not None]
+    return dx, dbias, dA, dB, dm
 
 
 def _forward_op(
@@ -292,8 +300,11 @@ def _forward_op(
     on_base: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, S, z (empty if not kept) and n (empty if it was given)."""
     (p,), seed = from_inputs(dropout_p, live_p, seed)
-    return _forward(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, p, seed, on_base, backend)
+    base = (x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
+    y, S, z, n, _ = _forward(*base, p, seed, on_base, backend)
+    return y, S, y.new_empty(0, weight.shape[0]) if z is None else z, n if norm is None else n.new_empty(0)
 
 
 def _gradients_op(
@@ -318,7 +329,8 @@ def _gradients_op(
 ) -> list[Tensor]:
     (p,), seed = from_inputs(dropout_p, live_p, seed)
     tensors = (dy, x, kept, weight, lora_A, lora_B, magnitude, S, norm)
-    return _gradients(*tensors, scaling, p, seed, on_base, kept_is_z, backend, need, bias_dtype)
+    found = _gradients(*tensors, scaling, p, seed, on_base, kept_is_z, backend, need, bias_dtype)
+    return [gradient for gradient in found if gradient is not None]
 
 
 _dora_linear = torch.library.custom_op("fastpeft::dora_linear", _forward_op, mutates_args=())
@@ -383,36 +395,38 @@ def _(
     return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, lora_A, lora_B, magnitude, norm, *options = inputs
     scaling, dropout_p, live_p, seed, on_base, backend = options
     y, S, z, computed = output
-    need_A, need_m = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    keeps_z = keeps_product(x, bias, on_base)
-    kept = (z if keeps_z else y) if need_m else None
+    x, kept, keeps_z = _kept(ctx, x, bias, on_base, y, z)
     norm = computed if norm is None else norm
-    x = x if need_A else None
     ctx.save_for_backward(x, kept, weight, lora_A, lora_B, magnitude, S, norm, live_p, seed)
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, None if bias is None else bias.dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
+def _kept(
+    ctx: Any, x: Tensor, bias: Tensor | None, on_base: bool, y: Tensor, z: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return x where dA needs it, what gives dm, and whether that is z."""
+    keeps_z = keeps_product(x, bias, on_base)
+    kept = z if keeps_z else y
+    need_A, need_m = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    return x if need_A else None, kept if need_m else None, keeps_z
+
+
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    x_grad, _weight, bias_grad, A_grad, B_grad, m_grad = ctx.needs_input_grad[:6]
+    need_x, _weight, *of_parameters = ctx.needs_input_grad[:6]
     if dy is None:
         return (None,) * 13
     *tensors, live_p, seed = ctx.saved_tensors
     scaling, dropout_p, on_base, keeps_z, backend, bias_dtype = ctx.options
-    need = [x_grad, bias_grad, A_grad, B_grad, m_grad]
-    gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.dora_linear_backward
-    options: tuple[Any, ...] = (scaling, dropout_p, live_p, seed, on_base, keeps_z, backend, need, bias_dtype)
-    gradients = iter(gradients_of(dy, *tensors, *options))
-    dx, dbias, dA, dB, dm = (next(gradients) if needed else None for needed in need)
+    need = [need_x, *of_parameters]
+    options = (scaling, dropout_p, live_p, seed, on_base, keeps_z, backend, need, bias_dtype)
+    found = iter(torch.ops.fastpeft.dora_linear_backward(dy, *tensors, *options))
+    dx, dbias, dA, dB, dm = (next(found) if needed else None for needed in need)
     return dx, None, dbias, dA, dB, dm, *(None,) * 7
 
 
@@ -424,12 +438,29 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
-        *before, dropout_p, seed, on_base, backend = inputs
-        _save(ctx, (*before, [dropout_p], None, seed, on_base, backend), output)
-        return output[0]
+        x, weight, bias, lora_A, lora_B, magnitude, _norm, scaling, dropout_p, seed, on_base, backend = inputs
+        y, S, z, norm, is_quotient = _forward(*inputs)
+        x, kept, keeps_z = _kept(ctx, x, bias, on_base, y, z)
+        ctx.save_for_backward(x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed)
+        ctx.set_materialize_grads(False)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, bias_dtype, is_quotient)
+        return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)[:-1]
+        if dy is None:
+            return (None,) * 12
+        need_x, _weight, *of_parameters = ctx.needs_input_grad[:6]
+        need = [need_x, *of_parameters]
+        x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed = ctx.saved_tensors
+        tensors = (dy, x, kept, weight, lora_A, lora_B, magnitude, S, norm)
+        scaling, p, on_base, keeps_z, backend, bias_dtype, is_quotient = ctx.options
+        options = (seed, on_base, keeps_z, backend, need, bias_dtype)
+        if runs_eagerly(dy):
+            dx, dbias, dA, dB, dm = _gradients(*tensors, scaling, p, *options, is_quotient)
+        else:  # an autograd that is traced
+            found = iter(torch.ops.fastpeft.dora_linear_backward(*tensors, scaling, [p], None, *options))
+            dx, dbias, dA, dB, dm = (next(found) if needed else None for needed in need)
+        return dx, None, dbias, dA, dB, dm, *(None,) * 6

@@ -52,6 +52,8 @@ def feature_dot(a: Tensor, b: Tensor) -> Tensor:
     1024 x 2048, but a second rounding, which took DoRA's dm past twice plain PyTorch's error.
     """
     dtype = accumulation_dtype(a.dtype)
+    if a.numel() <= CHUNK_ELEMENTS:
+        return (a * b).sum(0, dtype=dtype)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
     for a_rows, b_rows in _chunks(a, b):
         total += (a_rows * b_rows).sum(0, dtype=dtype)

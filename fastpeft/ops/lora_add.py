@@ -72,7 +72,7 @@ def lora_add(
         ShapeError: shapes, dtypes or devices do not fit together.
         BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
     """
-    if x.dtype != base.dtype and autocast_is_on(x.device.type):
+    if x.dtype != base.dtype and autocast_is_on(x):
         x = x.to(base.dtype)
     _check(base, x, lora_A, lora_B)
     if is_transformed():

@@ -48,11 +48,16 @@ def row_norm(
 
 def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Return c = m / n [out_features] in n's dtype: 0 for a zero row, else at least MIN_ROW_SCALE in size."""
+    return checked_row_scale(magnitude, norm)[0]
+
+
+def checked_row_scale(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, bool]:
+    """:func:`row_scale`, and whether every c is known to be the quotient itself, and no n to be 0."""
     c = magnitude.to(norm.dtype) / norm
     if c.is_cpu and c.numel():
         smallest, largest = c.abs().aminmax()
         if smallest >= MIN_ROW_SCALE and largest < torch.inf:  # false for NaN too
-            return c
+            return c, True
     least = torch.where(magnitude < 0, -MIN_ROW_SCALE, MIN_ROW_SCALE).to(c.dtype)
     c = torch.where(c.abs() < MIN_ROW_SCALE, least, c)
-    return torch.where(norm > 0, c, 0.0)
+    return torch.where(norm > 0, c, 0.0), False

@@ -211,7 +211,7 @@ def test_no_out_by_in_temporary():
     import fastpeft.ops.dora as dora
 
     with spy, torch.no_grad():  # the bodies of the custom ops, which the dispatcher hides from a mode outside
-        y, S, _, norm = dora._forward(*arguments, None, SCALING, 0.0, None, False, "torch")
+        y, S, _, norm, _ = dora._forward(*arguments, None, SCALING, 0.0, None, False, "torch")
         dora._gradients(
             torch.ones_like(y), arguments[0], y, *(arguments[i] for i in (1, 3, 4, 5)), S, norm, SCALING, 0.0,
             None, False, False, "torch", [True, False, True, True, True], None,

@@ -4,8 +4,8 @@
     python examples/compare.py --methods lora lisa --seeds 1 --steps 20
     python examples/compare.py --help
 
-Each method's learning rate is chosen first, from its own three, on text apart from the training and from the
-held-out text. Step times are then measured side by side, and each method trains for `--steps` steps and,
+Step times are measured first, side by side. Each method's learning rate is then chosen from its own three, on
+text apart from the training and from the held-out text, and it trains for `--steps` steps and,
 beyond them, for as many as full fine-tuning's time allows. What is done is kept in the results file: a run
 that was stopped goes on where it was.
 """
@@ -250,12 +250,12 @@ def compare(o: argparse.Namespace) -> int:
         "dtype": o.dtype, "model": job.folder.name, "threads": torch.get_num_threads(),
     }  # fmt: skip
     results = Results(o.out / "compare.json", settings)
+    key = " ".join(o.methods)
+    seconds = results.get("seconds", key, make=partial(timed, job, o.methods))
+    longest = seconds.get("full", max(seconds.values()))
     rates = {
         name: results.get("rate", name, make=partial(tune, job, name, o.tuning_steps)) for name in o.methods
     }
-    key = " ".join(o.methods)
-    seconds = results.get("seconds", key, make=partial(timed, job, rates))
-    longest = seconds.get("full", max(seconds.values()))
     for seed in range(o.seeds):
         for name in o.methods:
             more = max(0, math.floor(o.steps * longest / seconds[name]) - o.steps)
@@ -296,9 +296,9 @@ def tune(job: Job, name: str, steps: int) -> float:
     return best
 
 
-def timed(job: Job, rates: dict[str, float]) -> dict[str, float]:
+def timed(job: Job, names: Sequence[str]) -> dict[str, float]:
     """Mean seconds of a step, the methods' steps one after the other in each round."""
-    runs = {name: job.build(name, rate, TUNING_SEED) for name, rate in rates.items()}
+    runs = {name: job.build(name, METHODS[name].rates[0], TUNING_SEED) for name in names}
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1 + ROUNDS):
         for name, run in runs.items():

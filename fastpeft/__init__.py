@@ -39,6 +39,7 @@ from fastpeft.sparse.adamw import LayerSparseAdamW
 from fastpeft.sparse.controller import LayerSparse
 from fastpeft.sparse.ist import IST
 from fastpeft.sparse.schedule import LISA, BAdam, StaticImportance, TopK
+from fastpeft.training_state import load_training, save_training
 
 __all__ = [
     "IST",
@@ -67,6 +68,7 @@ __all__ = [
     "get_backend",
     "hotswap",
     "load",
+    "load_training",
     "lora_linear",
     "loraplus_groups",
     "merge",
@@ -74,6 +76,7 @@ __all__ = [
     "patch",
     "report",
     "save",
+    "save_training",
     "set_adapter",
     "set_backend",
     "unmerge",

@@ -43,6 +43,7 @@ from report import say
 MIB = 2**20
 WARMUP = 0.1  # of the steps; constant after it, so that a longer run begins as a shorter one does
 TUNING_SEED = 1000
+SCORED = 2048  # held-out tokens; the same for all methods and seeds
 ROUNDS = 10  # of the timing, after one that does not count: two of the schedules' periods
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95%, by the number of seeds
 
@@ -274,7 +275,7 @@ def prepare(o: argparse.Namespace) -> Job:
     folder = o.model or smollm2.prepare(o.cache, say)
     model = finetune.load_model(folder, o.dtype)
     rows, parts = finetune.tokenize(text, finetune.load_tokenizer(folder), model, o.sequence)
-    held_out = torch.cat(list(parts.values()))
+    held_out = corpus.spread(torch.cat(list(parts.values())), max(1, SCORED // o.sequence))
     few = min(len(held_out), max(1, len(rows) // 10))
     return Job(folder, o.dtype, rows[:-few], rows[-few:], held_out, o.steps, o.batch)
 

@@ -31,6 +31,7 @@ from fastpeft.errors import (
     ShapeError,
 )
 from fastpeft.loraplus import loraplus_groups
+from fastpeft.methods.bitfit import BitFit
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.patch_report import PatchReport
@@ -46,6 +47,7 @@ __all__ = [
     "LISA",
     "BAdam",
     "BackendError",
+    "BitFit",
     "CheckpointError",
     "ConfigError",
     "FastPeftError",

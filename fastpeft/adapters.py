@@ -323,7 +323,9 @@ def _state(model: nn.Module, verb: str) -> PatchState:
     state = require_state(model, verb)
     config = state.configs[state.owner]
     if not method_of(config).has_names:
-        raise PatchError(f"{verb}: the model is patched with {type(config).__name__}, which has no names")
+        raise PatchError(
+            f"{verb}: the model is patched with {type(config).__name__}, whose values have no names"
+        )
     return state
 
 

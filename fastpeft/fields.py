@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpeft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 N = TypeVar("N", bound=float)
+C = TypeVar("C", bound="DataclassInstance")
 ALL_LINEAR = "all-linear"
 
 
@@ -145,6 +150,19 @@ def not_honoured(values: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """Return the fields that say something, but not to us."""
     honoured = WITHOUT_EFFECT.union(known)
     return sorted(n for n, v in values.items() if n not in honoured and v not in (None, False, {}, []))
+
+
+def from_content(kind: type[C], content: Mapping[str, Any]) -> C:
+    """Return the configuration of a class that ``adapter_config.json`` describes field by field.
+
+    Raises:
+        ConfigError: it has fields of another method, or a value cannot work.
+    """
+    ours = {field.name for field in dataclasses.fields(kind)}
+    if unknown := not_honoured(content, ours):
+        raise ConfigError(f"{kind.__name__}: expected its own fields, got {', '.join(unknown)}")
+    # None stands for an empty list, as in PEFT's files.
+    return kind(**{n: v for n, v in content.items() if n in ours and v is not None})
 
 
 def trained_heads(values: Mapping[str, Any]) -> list[str]:

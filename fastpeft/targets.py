@@ -69,7 +69,7 @@ def select(model: nn.Module, config: Targets, *, allow_unmatched: bool) -> Selec
     wanted = _explicit(modules, config) if explicit else _implicit(model, modules, blocks, config, skipped)
     for path in wanted:
         module = modules[path]
-        if (reason := _left_out(path, blocks, config)) is not None:
+        if (reason := left_out(path, blocks, config)) is not None:
             skipped[path] = reason
         elif (problem := unpatchable(module)) is None:
             targets[path] = module
@@ -124,7 +124,8 @@ def match_names(names: Iterable[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _matches(selector: Sequence[str] | str | None, path: str) -> bool:
+def matches(selector: Sequence[str] | str | None, path: str) -> bool:
+    """Whether a selector, names or a regular expression, means a path."""
     if selector is None:
         return False
     if isinstance(selector, str):
@@ -139,7 +140,7 @@ def _explicit(modules: dict[str, nn.Module], config: Targets) -> list[str]:
             return is_linear_like(module) or not any(True for _ in module.children())
         return True
 
-    return [p for p, m in modules.items() if p and _matches(config.target_modules, p) and meant(p, m)]
+    return [p for p, m in modules.items() if p and matches(config.target_modules, p) and meant(p, m)]
 
 
 def _implicit(
@@ -177,8 +178,12 @@ def _is_read(parent: nn.Module, name: str) -> bool:
     return name in weights_read(kind)
 
 
-def _left_out(path: str, blocks: dict[str, int], config: Targets) -> str | None:
-    if _matches(config.exclude_modules, path):
+def left_out(path: str, blocks: dict[str, int], config: Targets) -> str | None:
+    """Return why a module is left out though it is targeted, or None; ``blocks`` is path to index.
+
+    It is one of the repeated blocks' that count for ``layers_to_transform``.
+    """
+    if matches(config.exclude_modules, path):
         return "in exclude_modules"
     if any(trains_whole(prefix, config) for prefix in _prefixes(path)):
         return "in modules_to_save"
@@ -218,7 +223,7 @@ def unpatchable(module: nn.Module) -> str | None:
 def _unmatched(modules: dict[str, nn.Module], config: Targets) -> tuple[str, ...]:
     selector = config.target_modules
     if isinstance(selector, str):
-        return () if any(_matches(selector, path) for path in modules) else (selector,)
+        return () if any(matches(selector, path) for path in modules) else (selector,)
     return tuple(name for name in selector or () if not any(match_names((name,), path) for path in modules))
 
 

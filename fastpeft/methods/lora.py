@@ -104,6 +104,10 @@ class LoRAMethod(LinearMethod):
             content = {**content, "init_lora_weights": True}
         return LoRA.from_peft(content)
 
+    def translate(self, config: Any) -> LoRA:
+        """A ``peft.LoraConfig``."""
+        return LoRA.from_peft(config)
+
     def check_file(self, path: Path, config: LoRA, tensors: Mapping[str, Tensor]) -> None:
         """The ranks that the configuration declares are those of the file."""
         ranks = {

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastpeft.errors import ConfigError
 from fastpeft.patch_report import ModuleReport
 
 PREFIX = "base_model.model."  # of every key in PEFT's files
@@ -101,7 +102,7 @@ class Method(ABC):
         Raises:
             ConfigError: it asks for what is not honoured, or PEFT has no such method.
         """
-        return self.config.from_peft(config)
+        raise ConfigError(f"config: expected fastpeft.{self.config.__name__}, got {type(config).__name__}")
 
     @abstractmethod
     def check_file(self, path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:

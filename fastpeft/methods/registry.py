@@ -8,11 +8,11 @@ from typing import Any
 from fastpeft import fields
 from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
+from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
 
-LORA = LoRAMethod()
-METHODS: tuple[Method, ...] = (LORA,)
+METHODS: tuple[Method, ...] = (LoRAMethod(), BitFitMethod())
 
 
 def method_of(config: Any) -> Method:

@@ -32,6 +32,7 @@ from fastpeft.errors import (
 )
 from fastpeft.loraplus import loraplus_groups
 from fastpeft.methods.bitfit import BitFit
+from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.patch_report import PatchReport
@@ -60,6 +61,7 @@ __all__ = [
     "ShapeError",
     "StaticImportance",
     "TopK",
+    "VeRA",
     "__version__",
     "active_adapters",
     "add_adapter",

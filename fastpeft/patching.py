@@ -18,7 +18,6 @@ from torch import nn
 from fastpeft import backend as backends
 from fastpeft.blocks.install import described, fuse_blocks, release_blocks
 from fastpeft.choice import choices
-from fastpeft.config import LoRA
 from fastpeft.errors import BackendError, PatchError
 from fastpeft.in_place import install
 from fastpeft.layers.adapter import AdapterMixin
@@ -62,8 +61,9 @@ def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -
     # PEFT users list the names of several model families at once: for them one match is enough.
     allow_unmatched = config is not None and not is_ours(config)
     ours = as_config(config)
-    if allow_unmatched and isinstance(ours, LoRA) and ours.target_modules is None:
-        ours = dataclasses.replace(ours, target_modules=_pefts_default(model))
+    table = method_of(ours).pefts_targets
+    if allow_unmatched and table and ours.target_modules is None:
+        ours = dataclasses.replace(ours, target_modules=_pefts_default(model, table))
     return apply_patch(model, ours, adapter_name, allow_unmatched=allow_unmatched)
 
 
@@ -235,14 +235,14 @@ def _refuse_foreign_adapters(model: nn.Module) -> None:
             )
 
 
-def _pefts_default(model: nn.Module) -> tuple[str, ...] | None:
+def _pefts_default(model: nn.Module, table: str) -> tuple[str, ...] | None:
     """Return the names that PEFT takes where its configuration has none: its table by model type."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+        from peft import utils
     except ImportError:  # its configuration came as something that only looks like PEFT's
         return None
-    names = TABLE.get(kind)
+    names = getattr(utils, table, {}).get(kind)
     return None if names is None else tuple(names)
 
 

@@ -8,7 +8,7 @@ adapter name, what an adapter's :class:`Spec` creates: for LoRA ``lora_A[name] [
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -48,6 +48,10 @@ class Spec(Protocol):
     def frozen(self) -> tuple[str, ...]:
         """Those of them that never train."""
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The ModuleDicts of the layer that the adapter has an entry in, shared with other layers."""
+
     def create(self, layer: AdapterMixin, name: str) -> None:
         """Make and initialise the adapter's parameters."""
 
@@ -68,6 +72,8 @@ class AdapterSpec:
     dropout_on_base: bool
     init_lora_weights: bool | str
     freeze_lora_A: bool
+
+    shared = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -230,15 +236,11 @@ class AdapterMixin(nn.Module):
             self.weight.copy_(self.rewritten.weight)
             self.rewritten = None
 
-    def _kinds(self) -> Iterator[nn.ParameterDict]:
-        return (child for child in self._modules.values() if isinstance(child, nn.ParameterDict))
-
     def delete_adapter(self, name: str) -> None:
         """Forget one adapter, if the layer has it."""
-        for parameters in self._kinds():
-            if name in parameters:
-                del parameters[name]
-        self.specs.pop(name, None)
+        if (spec := self.specs.pop(name, None)) is not None:
+            for kind in (*spec.kinds, *spec.shared):
+                del getattr(self, kind)[name]
         self._norm_caches.pop(name, None)
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 

@@ -34,6 +34,7 @@ class LoRAMethod(LinearMethod):
 
     config = LoRA
     peft_type = "LORA"
+    pefts_targets = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
     def specs(self, model: nn.Module, config: LoRA, targets: Mapping[str, nn.Module]) -> dict[str, Spec]:
         """Rank and scaling of every target.

@@ -51,11 +51,13 @@ class Method(ABC):
     Attributes:
         config: the class of its configurations. They have ``modules_to_save``.
         peft_type: the method's name in ``adapter_config.json``, PEFT's where it has the method.
+        pefts_targets: of PEFT's table of ``target_modules`` by model type, for its own objects; "" if none.
         has_names: whether several adapters can stand side by side and be switched and merged.
     """
 
     config: ClassVar[type[Any]]
     peft_type: ClassVar[str]
+    pefts_targets: ClassVar[str] = ""
     has_names: ClassVar[bool] = False
 
     @abstractmethod

@@ -11,8 +11,9 @@ from fastpeft.errors import ConfigError
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
+from fastpeft.methods.vera import VeRAMethod
 
-METHODS: tuple[Method, ...] = (LoRAMethod(), BitFitMethod())
+METHODS: tuple[Method, ...] = (LoRAMethod(), VeRAMethod(), BitFitMethod())
 
 
 def method_of(config: Any) -> Method:

@@ -32,6 +32,7 @@ from fastpeft.errors import (
 )
 from fastpeft.loraplus import loraplus_groups
 from fastpeft.methods.bitfit import BitFit
+from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
 from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
@@ -56,8 +57,10 @@ __all__ = [
     "LayerSparseAdamW",
     "LayerSparseError",
     "LoRA",
+    "ParallelAdapter",
     "PatchError",
     "PatchReport",
+    "SeriesAdapter",
     "ShapeError",
     "StaticImportance",
     "TopK",

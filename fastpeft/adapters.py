@@ -147,12 +147,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Compute the base model inside a ``with`` block.
 
     Raises:
-        PatchError: the model is not patched, or merged, or a part of its base was moved into the adapter.
+        PatchError: the model is not patched, or merged, or the base is not there: a part of it was moved into
+            the adapter, or it trains in place.
     """
-    _state(model, "disable_adapters")
+    state = _state(model, "disable_adapters", by_name=False)
     _refuse_merged(model, "disable_adapters")
     _refuse_rewritten(model, "disable_adapters")
-    layers = [layer for _, layer in adapter_layers(model)]
+    config = state.configs[state.owner]
+    layers = method_of(config).switches(model)
+    if not layers:
+        raise PatchError(
+            f"disable_adapters: {type(config).__name__} trains the base in place, nothing beside it"
+        )
     before = [layer.adapters_enabled for layer in layers]
     for layer in layers:
         layer.adapters_enabled = False
@@ -315,14 +321,14 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
-def _state(model: nn.Module, verb: str) -> PatchState:
+def _state(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:
     if isinstance(model, nn.Module) and is_peft(model):
         raise PatchError(
             f"{verb}: this {type(model).__name__} holds PEFT's own layers; use PEFT's own methods"
         )
     state = require_state(model, verb)
     config = state.configs[state.owner]
-    if not method_of(config).has_names:
+    if by_name and not method_of(config).has_names:
         raise PatchError(
             f"{verb}: the model is patched with {type(config).__name__}, whose values have no names"
         )

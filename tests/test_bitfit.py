@@ -219,6 +219,11 @@ def test_what_bitfit_has_not():
     ):
         with pytest.raises(fastpeft.PatchError, match="patched with BitFit, whose values have no names"):
             verb()
+    with (
+        pytest.raises(fastpeft.PatchError, match="BitFit trains the base in place"),
+        fastpeft.disable_adapters(model),
+    ):
+        pass
     lora = fastpeft.patch(gpt2(), fastpeft.LoRA(r=2))
     with pytest.raises(fastpeft.ConfigError, match="BitFit does not stand beside others"):
         fastpeft.add_adapter(lora, "other", fastpeft.BitFit())

@@ -56,6 +56,10 @@ class LinearMethod(Method):
             finish=finish,
         )
 
+    def switches(self, model: nn.Module) -> list[Any]:
+        """The layers."""
+        return [layer for _, layer in adapter_layers(model)]
+
     def detach(self, model: nn.Module) -> None:
         """Give the base weights back: out of a merge, and whole again.
 

@@ -55,8 +55,8 @@ class Method(ABC):
         has_names: whether several adapters can stand side by side and be switched and merged.
     """
 
-    config: ClassVar[type[Any]]
-    peft_type: ClassVar[str]
+    config: type[Any]
+    peft_type: str
     pefts_targets: ClassVar[str] = ""
     has_names: ClassVar[bool] = False
 
@@ -77,6 +77,10 @@ class Method(ABC):
     def detach(self, model: nn.Module) -> None:
         """Undo :attr:`Plan.finish`, before the original modules return; by default there is nothing."""
         return
+
+    def switches(self, model: nn.Module) -> list[Any]:
+        """Return what has an ``adapters_enabled`` to turn adapters off by; by default there is nothing."""
+        return []
 
     @abstractmethod
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -9,11 +9,18 @@ from fastpeft import fields
 from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
 from fastpeft.methods.bitfit import BitFitMethod
+from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
 from fastpeft.methods.vera import VeRAMethod
 
-METHODS: tuple[Method, ...] = (LoRAMethod(), VeRAMethod(), BitFitMethod())
+METHODS: tuple[Method, ...] = (
+    LoRAMethod(),
+    VeRAMethod(),
+    BitFitMethod(),
+    BottleneckMethod(SeriesAdapter),
+    BottleneckMethod(ParallelAdapter),
+)
 
 
 def method_of(config: Any) -> Method:

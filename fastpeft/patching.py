@@ -121,12 +121,6 @@ def _carry_out(
     for name in plan.trained:
         trained_values[name] = parameters[name].detach().clone()
         parameters[name].requires_grad_(True)
-    plan.finish()
-    everything = list(model.parameters())
-    whole = (
-        ModuleReport(path, "trained", f"{type(module).__name__}, whole (modules_to_save)")
-        for path, module in trained.items()
-    )
     state = PatchState(
         configs={adapter_name: config},
         owner=adapter_name,
@@ -135,14 +129,25 @@ def _carry_out(
         witness=(witness, parameters[witness].dtype) if witness else ("", torch.float32),
         trained_values=trained_values,
         saved_modules=tuple(trained),
-        report=PatchReport(
-            modules=(*plan.reports, *whole),
-            trainable_parameters=sum(p.numel() for p in everything if p.requires_grad),
-            total_parameters=sum(p.numel() for p in everything),
-            unmatched=plan.unmatched,
-        ),
+        report=PatchReport((), 0, 0),
     )
     store_state(model, state)
+    try:
+        plan.finish()
+    except BaseException:
+        unpatch(model)
+        raise
+    everything = list(model.parameters())
+    whole = (
+        ModuleReport(path, "trained", f"{type(module).__name__}, whole (modules_to_save)")
+        for path, module in trained.items()
+    )
+    state.report = PatchReport(
+        modules=(*plan.reports, *whole),
+        trainable_parameters=sum(p.numel() for p in everything if p.requires_grad),
+        total_parameters=sum(p.numel() for p in everything),
+        unmatched=plan.unmatched,
+    )
 
 
 def _is_inside(name: str, paths: Mapping[str, object]) -> bool:

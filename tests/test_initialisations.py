@@ -12,6 +12,7 @@ from torch import nn
 
 import fastpeft
 from bench.saved import count, state_of
+from fastpeft.layers import adapter
 from fastpeft.layers.initialise import initialise
 from fastpeft.methods.linears import adapter_layers
 from tests.models import gpt2, llama, tokens
@@ -201,9 +202,10 @@ def not_finite():
     [
         (tied, {"target_modules": ["q_proj", "lm_head"]}, "lm_head: .*tied to model.embed_tokens"),
         (llama, {"r": 17}, "k_proj: expected a rank of at most 16"),
+        (lambda: llama().to("meta"), {"r": 2}, "q_proj: its weight is on the meta device"),
         (not_finite, {"exclude_modules": ["self_attn"]}, r"layers.1.mlp.down_proj: .*not finite"),
     ],
-    ids=["tied", "rank", "nan"],
+    ids=["tied", "rank", "meta", "nan"],
 )
 def test_refusals_leave_the_model_alone(make, options, said):
     model = make()
@@ -211,8 +213,27 @@ def test_refusals_leave_the_model_alone(make, options, said):
     with pytest.raises(fastpeft.PatchError, match=said):
         fastpeft.patch(model, fastpeft.LoRA(**{"r": 2, "init_lora_weights": "pissa", **options}))
     after = snapshot(model)
-    assert all(torch.equal(values[name].nan_to_num(), after[0][name].nan_to_num()) for name in values)
+    assert all(
+        values[n].is_meta or torch.equal(values[n].nan_to_num(), after[0][n].nan_to_num()) for n in values
+    )
     assert after[1:] == (flags, classes)
+
+
+def test_memory_that_runs_out_half_way_leaves_the_model_alone(monkeypatch):
+    model, calls = llama(), []
+    before = snapshot(model)
+    rewritten = adapter.merged_weight
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise MemoryError
+        return rewritten(*arguments)
+
+    monkeypatch.setattr(adapter, "merged_weight", fail)
+    with pytest.raises(MemoryError):
+        fastpeft.patch(model, fastpeft.LoRA(r=2, init_lora_weights="pissa"))
+    assert_unchanged(model, before)
 
 
 def test_what_needs_the_base_as_it_was_is_refused(tmp_path):

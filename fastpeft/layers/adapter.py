@@ -89,10 +89,10 @@ class AdapterSpec:
         """A and B as ``init_lora_weights`` says; the magnitude such that DoRA starts as LoRA does."""
         weight = layer.weight_out_in()
         out_features, in_features = weight.shape
-        dtype = layer.adapter_dtype()
+        dtype = adapter_dtype(weight)
         lora_A = torch.empty(self.r, in_features, dtype=dtype, device=weight.device)
         lora_B = torch.zeros(out_features, self.r, dtype=dtype, device=weight.device)
-        layer.initialise(lora_A, lora_B, self)
+        layer.initialise(lora_A, lora_B, weight, self)
         layer.lora_A[name] = nn.Parameter(lora_A, requires_grad=not self.freeze_lora_A)
         layer.lora_B[name] = nn.Parameter(lora_B)
         if self.use_dora:
@@ -120,6 +120,11 @@ class AdapterSpec:
         dropout = f", dropout={self.lora_dropout}" if self.lora_dropout else ""
         frozen = ", A frozen" if self.freeze_lora_A else ""
         return f"{method}(r={self.r}, scaling={self.scaling:g}{dropout}{frozen})"
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of adapters: fp32 over a 16-bit or quantised base, the base's otherwise."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -196,18 +201,14 @@ class AdapterMixin(nn.Module):
         """The first of the active adapters."""
         return self.active_adapters[0]
 
-    def adapter_dtype(self) -> torch.dtype:
-        """The dtype of adapters: fp32 over a 16-bit or quantised base, the base's otherwise."""
-        return torch.float64 if self.weight_out_in().dtype is torch.float64 else torch.float32
-
     def add_adapter(self, name: str, spec: Spec) -> None:
         """Create and initialise the parameters of one adapter, on the base's device; it is not active yet."""
         spec.create(self, name)
         self.specs[name] = spec
 
-    def initialise(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+    def initialise(self, lora_A: Tensor, lora_B: Tensor, weight: Tensor, spec: AdapterSpec) -> None:
         """Fill A and B, given empty and zero, as the specification says."""
-        initialise(lora_A, lora_B, self.weight_out_in(), spec.init_lora_weights, spec.scaling)
+        initialise(lora_A, lora_B, weight, spec.init_lora_weights, spec.scaling)
 
     @torch.no_grad()
     def rewrite_base(self, name: str) -> None:

@@ -65,6 +65,8 @@ def base_factors(how: bool | str) -> Factors | None:
 def _factors(weight: Tensor, r: int, scaling: float, factors: Factors) -> tuple[Tensor, Tensor]:
     if r > min(weight.shape):
         raise PatchError(f"expected a rank of at most {min(weight.shape)}, its weight's own, got r={r}")
+    if weight.is_meta:
+        raise PatchError("its weight is on the meta device, and the initialisation starts from its values")
     numbers = weight.detach().to(accumulation_dtype(weight.dtype))
     if not torch.isfinite(numbers).all():
         raise PatchError("its weight is not finite, so it has no principal part to start from")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.layers.adapted import Adapter
-from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.layers.adapter import AdapterMixin, adapter_dtype
+from fastpeft.layers.kinds import shape_of
 from fastpeft.ops.eager import is_transformed
 
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -96,7 +97,8 @@ class VeRASpec:
 
     def create(self, layer: AdapterMixin, name: str) -> None:
         """``b = 0`` and ``d = d_initial``, so that a model starts as its base; random ones if so wished."""
-        weight, dtype = layer.weight_out_in(), layer.adapter_dtype()
+        weight = layer.weight_out_in()
+        dtype = adapter_dtype(weight)
         if "vera_lambda_b" not in layer._modules:
             for kind in _VECTORS:
                 layer.add_module(kind, nn.ParameterDict())
@@ -114,7 +116,7 @@ class VeRASpec:
         """LoRA's matrices, of which ``lora_B`` is ``b B d``."""
         modules: dict[str, Any] = layer._modules
         pair: Projections = modules["vera_projections"][name]
-        out_features, in_features = layer.weight_out_in().shape
+        in_features, out_features = shape_of(layer)  # of a quantised one without making numbers of its weight
         b, d = modules["vera_lambda_b"][name], modules["vera_lambda_d"][name]
         return Adapter(
             name,

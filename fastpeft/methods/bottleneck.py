@@ -22,9 +22,9 @@ from fastpeft import fields
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
 from fastpeft.layers.bottleneck import CHILD, BottleneckAdapter, attach, detach
-from fastpeft.layers.kinds import is_linear_like
+from fastpeft.layers.kinds import is_linear_like, shape_of
 from fastpeft.methods.method import PREFIX, Differences, Method, Plan
-from fastpeft.methods.mlps import find_mlps, shape_of, width_of
+from fastpeft.methods.mlps import find_mlps, width_of
 from fastpeft.ops.bottleneck import NonLinearity
 from fastpeft.patch_report import ModuleReport
 from fastpeft.targets import left_out, listed, match_names, matches, repeated_blocks, shown_lines

@@ -35,7 +35,7 @@ class Plan:
         trained: base Parameters that train in place, by qualified name.
         reports: a line for each module.
         unmatched: entries of the configuration that named nothing, where that is allowed.
-        finish: called last, with the replacements in place. It cannot fail.
+        finish: called last, with the replacements in place; :meth:`Method.detach` undoes what of it is done.
     """
 
     replacements: dict[str, nn.Module] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Method(ABC):
         """
 
     def detach(self, model: nn.Module) -> None:
-        """Undo :attr:`Plan.finish`, before the original modules return; by default there is nothing."""
+        """Undo :attr:`Plan.finish`, be it half done, before the original modules return."""
         return
 
     def switches(self, model: nn.Module) -> list[Any]:

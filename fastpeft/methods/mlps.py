@@ -13,15 +13,12 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastpeft.layers.kinds import is_conv1d_like, is_linear_like
+from fastpeft.layers.kinds import is_linear_like, shape_of
 from fastpeft.targets import repeated_blocks
-
-Shape = tuple[int, int]  # (in_features, out_features)
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,6 @@ def width_of(block: nn.Module) -> int | None:
     """Return the features between a block's parts: those that most of its linears take or return."""
     counts = Counter(n for m in block.modules() if is_linear_like(m) for n in shape_of(m))
     return max(counts, key=lambda n: counts[n]) if counts else None
-
-
-def shape_of(linear: nn.Module) -> Shape:
-    """(in_features, out_features) of a linear."""
-    kind: Any = linear
-    if not is_conv1d_like(linear):
-        return kind.in_features, kind.out_features
-    rows, columns = kind.weight.shape
-    return rows, columns
 
 
 def _leads_back(module: nn.Module) -> bool:

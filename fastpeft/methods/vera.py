@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastpeft import fields
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
-from fastpeft.layers.adapter import AdapterMixin, Spec
-from fastpeft.layers.kinds import is_conv1d_like
+from fastpeft.layers.adapter import Spec
+from fastpeft.layers.kinds import shape_of
 from fastpeft.layers.vera import Projections, VeRASpec
 from fastpeft.methods.linears import LinearMethod, adapter_layers, is_transposed, target_names
 from fastpeft.methods.method import PREFIX, Differences
@@ -112,7 +112,7 @@ class VeRAMethod(LinearMethod):
         for path, module in targets.items():
             if isinstance(module, nn.Embedding):
                 raise PatchError(f"{path}: VeRA is for linears, and this is {type(module).__name__}")
-        shapes = [_shape(module) for module in targets.values()]
+        shapes = [shape_of(module) for module in targets.values()]
         pair = Projections(
             config.r,
             max(in_features for in_features, _ in shapes),
@@ -190,15 +190,3 @@ class VeRAMethod(LinearMethod):
                     lines.append(f"{what}: the model has {ours}, the folder {theirs}")
             break  # they are the same in every layer
         return lines
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear."""
-    if isinstance(module, AdapterMixin):
-        out_features, in_features = module.weight_out_in().shape
-        return in_features, out_features
-    if isinstance(module, nn.Linear):  # a quantised weight is packed into another shape
-        return module.in_features, module.out_features
-    weight: Any = module.weight
-    rows, columns = weight.shape
-    return (rows, columns) if is_conv1d_like(module) else (columns, rows)

@@ -31,6 +31,9 @@ from fastpeft.errors import (
     ShapeError,
 )
 from fastpeft.loraplus import loraplus_groups
+from fastpeft.methods.bitfit import BitFit
+from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
+from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.patch_report import PatchReport
@@ -46,6 +49,7 @@ __all__ = [
     "LISA",
     "BAdam",
     "BackendError",
+    "BitFit",
     "CheckpointError",
     "ConfigError",
     "FastPeftError",
@@ -53,11 +57,14 @@ __all__ = [
     "LayerSparseAdamW",
     "LayerSparseError",
     "LoRA",
+    "ParallelAdapter",
     "PatchError",
     "PatchReport",
+    "SeriesAdapter",
     "ShapeError",
     "StaticImportance",
     "TopK",
+    "VeRA",
     "__version__",
     "active_adapters",
     "add_adapter",

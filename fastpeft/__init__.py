@@ -33,6 +33,7 @@ from fastpeft.errors import (
 from fastpeft.loraplus import loraplus_groups
 from fastpeft.methods.bitfit import BitFit
 from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
+from fastpeft.methods.prompts import PrefixTuning, PromptTuning
 from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
@@ -60,6 +61,8 @@ __all__ = [
     "ParallelAdapter",
     "PatchError",
     "PatchReport",
+    "PrefixTuning",
+    "PromptTuning",
     "SeriesAdapter",
     "ShapeError",
     "StaticImportance",

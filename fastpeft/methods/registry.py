@@ -12,6 +12,7 @@ from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
+from fastpeft.methods.prompts import PrefixTuning, PromptMethod, PromptTuning
 from fastpeft.methods.vera import VeRAMethod
 
 METHODS: tuple[Method, ...] = (
@@ -20,6 +21,8 @@ METHODS: tuple[Method, ...] = (
     BitFitMethod(),
     BottleneckMethod(SeriesAdapter),
     BottleneckMethod(ParallelAdapter),
+    PromptMethod(PrefixTuning),
+    PromptMethod(PromptTuning),
 )
 
 

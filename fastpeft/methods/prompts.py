@@ -191,7 +191,7 @@ class PromptMethod(Method):
         }
 
     def read(self, content: Mapping[str, Any]) -> Any:
-        """One of PEFT's configurations; how the rows began, and an MLP that made them, are not in the file."""
+        """One of PEFT's configurations; how the rows began, and through which MLP, is not in the file."""
         values = {**content, "prefix_projection": False, "encoder_hidden_size": None}
         if "prompt_tuning_init" in values:
             values["prompt_tuning_init"] = "RANDOM"

@@ -300,7 +300,7 @@ def test_sizes_are_read():
         ({"method": "qlora"}, "method: expected one of full, lora"),
         ({"method": 7}, "method: expected one of"),
         ({"method": "full:3"}, "method: expected"),
-        ({"method": "full", "rank": 4}, "rank: full has no adapters"),
+        ({"method": "full", "rank": 4}, "rank: full has no rank"),
         ({"method": "lora", "layers": 4}, "layers: LoRA r=16 does not choose"),
         ({"method": "lora:0"}, "r: expected"),
         ({"method": "lisa:99"}, "LISA.layers: expected at most 2"),

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.config import LoRA, as_lora
+from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
 from fastpeft.in_place.install import is_peft
+from fastpeft.methods.registry import as_config, is_ours
 from fastpeft.patching import patch
 from fastpeft.sparse.ist import IST
 from fastpeft.sparse.schedule import LISA, BAdam, Schedule, StaticImportance, TopK
@@ -26,13 +27,13 @@ class Method:
 
     Attributes:
         label: for people.
-        lora: the adapters to put on; None: none. IST's are only for a model that has none.
+        adapters: the configuration of those to put on; None: none. IST's are only for a model without.
         schedule: whose turn it is; None: all that train, always.
         everything: whether all parameters train; otherwise those that the model says, or the adapters.
     """
 
     label: str
-    lora: LoRA | None = None
+    adapters: Any = None
     schedule: Schedule | None = None
     everything: bool = False
 
@@ -41,8 +42,8 @@ class Method:
         if self.everything:
             model.requires_grad_(True)
         has_adapters = find_state(model) is not None or is_peft(model)
-        if self.lora is not None and not (has_adapters and isinstance(self.schedule, IST)):
-            patch(model, self.lora)
+        if self.adapters is not None and not (has_adapters and isinstance(self.schedule, IST)):
+            patch(model, self.adapters)
 
 
 def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Method:
@@ -50,8 +51,9 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
 
     Args:
         method: None (the model as it is: what requires gradients trains), a name of :data:`NAMES`, perhaps
-            with its rank or number of layers (``"lora:64"``, ``"lisa:2"``), a :class:`LoRA` or
-            ``peft.LoraConfig``, a schedule, or (LoRA, schedule).
+            with its rank or number of layers (``"lora:64"``, ``"lisa:2"``), what :func:`fastpeft.patch`
+            takes (:class:`LoRA`, another method's configuration or PEFT's), a schedule, or (configuration,
+            schedule).
         rank: of the adapters, instead of the method's own.
         layers: blocks that train at a time, instead of the schedule's own.
 
@@ -67,14 +69,13 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
     elif isinstance(method, Schedule):
         found = Method(_scheduled(method), LoRA() if isinstance(method, IST) else None, method)
     elif isinstance(method, (tuple, list)) and len(method) == 2 and isinstance(method[1], Schedule):
-        lora = as_lora(method[0])
-        found = Method(f"{_adapters(lora)}, {_scheduled(method[1])}", lora, method[1])
-    elif isinstance(method, LoRA) or hasattr(method, "peft_type"):
-        found = Method(_adapters(as_lora(method)), as_lora(method))
+        found = Method(f"{_adapters(as_config(method[0]))}, {_scheduled(method[1])}", *method)
+    elif is_ours(method) or hasattr(method, "peft_type"):
+        found = Method(_adapters(as_config(method)), method)
     else:
         raise ConfigError(
-            f"method: expected one of {', '.join(NAMES)}, a LoRA, a schedule, (LoRA, schedule) or None, "
-            f"got {method!r}"
+            f"method: expected one of {', '.join(NAMES)}, a configuration for patch, a schedule, both in a pair, "
+            f"or None, got {method!r}"
         )
     return _with_numbers(found, rank, layers)
 
@@ -99,28 +100,27 @@ def _named(text: str) -> Method:
 
 
 def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Method:
-    lora, schedule = method.lora, method.schedule
+    adapters, schedule = method.adapters, method.schedule
     if rank is not None:
-        if lora is None:
-            raise ConfigError(f"rank: {method.label} has no adapters, expected None, got {rank!r}")
-        lora = dataclasses.replace(lora, r=rank)
+        if adapters is None or not hasattr(adapters := as_config(adapters), "r"):
+            raise ConfigError(f"rank: {method.label} has no rank, expected None, got {rank!r}")
+        adapters = dataclasses.replace(adapters, r=rank)
     if layers is not None:
         if not isinstance(schedule, (LISA, TopK, IST, StaticImportance)):
             raise ConfigError(
                 f"layers: {method.label} does not choose how many train, expected None, got {layers!r}"
             )
         schedule = dataclasses.replace(schedule, layers=layers)
-    if (lora, schedule) == (method.lora, method.schedule):
+    if rank is None and layers is None:
         return method
-    labels = [_adapters(lora)] if lora is not None and not isinstance(schedule, IST) else []
-    labels += [_scheduled(schedule)] if schedule is not None else []
-    if lora is not None and isinstance(schedule, IST):
-        labels.append(f"r={lora.r}")
-    return dataclasses.replace(method, label=", ".join(labels), lora=lora, schedule=schedule)
+    labels = [] if adapters is None else [_adapters(as_config(adapters))]
+    labels += [] if schedule is None else [_scheduled(schedule)]
+    return Method(", ".join(labels), adapters, schedule, method.everything)
 
 
-def _adapters(lora: LoRA) -> str:
-    return f"{'DoRA' if lora.use_dora else 'LoRA'} r={lora.r}"
+def _adapters(config: Any) -> str:
+    name = "DoRA" if getattr(config, "use_dora", False) else type(config).__name__
+    return f"{name} r={config.r}" if hasattr(config, "r") else name
 
 
 def _scheduled(schedule: Schedule) -> str:

@@ -120,8 +120,8 @@ def plan(
             ``config.json``, or that file.
         method: None (the model as it is: what requires gradients trains); ``"full"``, ``"lora"``,
             ``"dora"``, ``"lisa"``, ``"badam"``, ``"topk"`` or ``"ist"``, with a number as in ``"lora:64"``
-            and ``"lisa:2"``; a :class:`fastpeft.LoRA` or ``peft.LoraConfig``; a schedule; or (LoRA,
-            schedule). Of a schedule's choices of blocks the most expensive one counts.
+            and ``"lisa:2"``; what :func:`fastpeft.patch` takes, such as :class:`fastpeft.LoRA`; a schedule;
+            or (configuration, schedule). Of a schedule's choices of blocks the most expensive one counts.
         batch: sequences a step; of a micro-batch, where gradients are accumulated.
         sequence: tokens a sequence, none of them masked.
         dtype: of the weights; default: the model's or configuration's own, else fp32. Adapters are fp32.
@@ -159,7 +159,7 @@ def plan(
         setting = Setting(
             model=_label(model),
             method=wanted.label,
-            rank=None if wanted.lora is None else wanted.lora.r,
+            rank=getattr(wanted.adapters, "r", None),
             layers=None if active is None else len(active),
             batch=b,
             sequence=s,

@@ -39,6 +39,7 @@ from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.patch_report import PatchReport
 from fastpeft.patching import patch, report, unpatch
+from fastpeft.planning.plan import MemoryPlan, plan
 from fastpeft.sparse.adamw import LayerSparseAdamW
 from fastpeft.sparse.controller import LayerSparse
 from fastpeft.sparse.ist import IST
@@ -58,6 +59,7 @@ __all__ = [
     "LayerSparseAdamW",
     "LayerSparseError",
     "LoRA",
+    "MemoryPlan",
     "ParallelAdapter",
     "PatchError",
     "PatchReport",
@@ -84,6 +86,7 @@ __all__ = [
     "merge",
     "mixed_batch",
     "patch",
+    "plan",
     "report",
     "save",
     "save_training",

@@ -166,9 +166,8 @@ def pass_rows(subject: Subject, rows: Sequence[report.Record]) -> Iterator[list[
 
 def parser() -> argparse.ArgumentParser:
     """The options of this suite."""
-    result = argparse.ArgumentParser(
-        prog="python -m bench traffic",
-        description="Bytes and FLOPs of each kernel, counted from its launch, beside floor and peers.",
+    result = report.Parser(
+        "traffic", "Bytes and FLOPs of each kernel, counted from its launch, beside floor and peers."
     )
     result.add_argument("--target", default="sm_90", help="whose tiles to count with (default sm_90)")
     result.add_argument(

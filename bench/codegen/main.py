@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bench.options import Parser
+
 from .families import FAMILIES
 from .machine_code import Measured, compile_launch, faults
 from .recording import record, unclaimed, unreached
@@ -117,9 +119,8 @@ def summary(results: list[tuple[Launch, Measured]]) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of this suite."""
-    result = argparse.ArgumentParser(
-        prog="python -m bench codegen",
-        description="Compile every shipped kernel configuration, without a GPU, and read the machine code.",
+    result = Parser(
+        "codegen", "Compile every shipped kernel configuration, without a GPU, and read the machine code."
     )
     families = [family.name for family in FAMILIES]
     result.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default all")

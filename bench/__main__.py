@@ -16,6 +16,7 @@ SUITES = {
     "memory": ("bench.memory", "bytes kept for backward, of one block and of a whole model"),
     "traffic": ("bench.traffic", "bytes and FLOPs of each Triton kernel, beside floor and peers"),
     "codegen": ("bench.codegen.main", "the Triton kernels compiled for each GPU family: registers, spills"),
+    "plan": ("bench.plan_check", "the memory planner beside training that really happens"),
     "patch": ("bench.patch", "time to patch a 7B model, beside get_peft_model"),
     "profile": ("bench.profile_step", "where the time of a step goes"),
     "self-check": ("bench.self_check", "one implementation against itself: the benchmark's own error"),
@@ -39,6 +40,7 @@ FULL: list[list[str]] = [
     ["memory", "--blocks", "linear", "qkv", "mlp"],
     ["traffic"],
     ["codegen"],
+    ["plan"],
     ["patch"],
     ["profile"],
 ]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import report
+from bench import options, report
 from bench.models import DTYPES, WORKLOADS, Workload
 from fastpeft import LISA, LoRA, MemoryPlan
 from fastpeft.ops.eager import seen_through
@@ -51,21 +51,17 @@ ALLOWED = 0.05
 
 def parser() -> argparse.ArgumentParser:
     """The suite's options."""
-    arguments = argparse.ArgumentParser(
-        prog="python -m bench plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    arguments = options.Parser("plan", __doc__)
     add = arguments.add_argument
     add("--models", nargs="+", choices=WORKLOADS, default=["llama-768", "smollm2-135m"], metavar="MODEL",
         help="default llama-768 and smollm2-135m")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
         help=f"default {' '.join(METHODS)}")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default bfloat16)")
-    add("--sequence", type=report.positive, help="tokens a sequence (default: the model's of bench.models)")
+    add("--sequence", type=options.positive, help="tokens a sequence (default: the model's of bench.models)")
     add("--papers", action="store_true", help="compare plans with published tables instead")
     add("--child", help=argparse.SUPPRESS)
-    report.add_common(arguments)
+    options.add_common(arguments)
     return arguments
 
 

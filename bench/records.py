@@ -20,11 +20,12 @@ Document = dict[str, Any]
 Result = dict[str, Any]
 Case = tuple[tuple[str, Any], ...]
 
-CASE = ("target", "kernel", "model", "block", "batch", "sequence", "shape", "tokens", "features", "widths",
-        "dtype", "rank", "dropout",
-        "method", "pass", "layers", "blocks", "period", "case", "label")  # fmt: skip
+CASE = (
+    "table", "target", "kernel", "model", "block", "batch", "sequence", "shape", "tokens", "features",
+    "widths", "dtype", "rank", "dropout", "method", "pass", "layers", "blocks", "period", "case", "label",
+)  # fmt: skip
 COUNTS = ("registers", "spill_stores", "spill_loads", "shared")
-BYTES = ("issued", "compulsory")  # of `traffic`, whose keys carry no unit
+BYTES = ("issued", "compulsory", "planned", "tracked", "resident")  # of suites whose keys carry no unit
 CODEGEN = ("target", "kernel", "label", *COUNTS, "tensor_core", "error")
 HEADLINE = ("step", "both", "patch")
 FLOOR = "frozen"

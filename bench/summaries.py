@@ -188,6 +188,30 @@ def _peers_mebibytes(result: Result) -> Iterator[tuple[str, float]]:
             yield name, float(mebibytes)
 
 
+def plan(document: Document) -> str:
+    """Planned peaks beside counted and resident ones, or beside the papers' figures."""
+    results = document["results"]
+    if results and "tracked" in results[0]:
+        rows = [
+            [f"{r['model']}, {r['method']}", f"{r['planned'] / MIB:.0f}",
+             *(f"{r[key] / MIB:.0f} ({r[f'{key}_error']:+.1%})" for key in ("tracked", "resident"))]
+            for r in results
+        ]  # fmt: skip
+        columns = (
+            "",
+            "planned peak, MiB",
+            "every storage of the real step",
+            "resident, as the kernel counts",
+        )
+        return markdown_table(columns, rows)
+    rows = [
+        [str(r["table"]), f"{r['model']}, {r['method']}", f"{r['peak'] / 1e9:.2f}",
+         "not checked" if r["paper_gb"] is None else f"{r['paper_gb']:g}", str(r["assumptions"])]
+        for r in results
+    ]  # fmt: skip
+    return markdown_table(("paper's table", "", "planned peak, GB", "paper, GB", "assumed"), rows)
+
+
 def codegen(document: Document) -> str:
     """The most registers and shared memory on each target, and every spill."""
     targets: dict[str, list[Result]] = {}
@@ -209,6 +233,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "optimizer": ("The optimiser's step", against_peer),
     "patch": ("Time to put adapters on a model", against_peer),
     "self-check": ("One implementation against itself", against_peer),
+    "plan": ("The memory planner", plan),
     "memory": ("Bytes kept for backward, parameters left out", memory),
     "traffic": ("Bytes that the GPU kernels move", traffic),
     "codegen": ("Machine code of the GPU kernels", codegen),

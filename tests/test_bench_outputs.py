@@ -196,6 +196,24 @@ def test_what_codegen_writes_is_read_by_kernel_and_target(tmp_path):
     assert outputs.saved_path(document).relative_to(outputs.RESULTS).as_posix() == "counted/codegen.json"
 
 
+def test_plans_stand_beside_what_was_measured():
+    row = {"model": "tiny", "method": "lisa", "planned": 100 * 2**20, "tracked": 101 * 2**20,
+           "resident": 98 * 2**20, "tracked_error": -0.0099, "resident_error": 0.0204}  # fmt: skip
+    document = {"command": "python -m bench plan", "machine": {}, "results": [row]}
+    assert "| tiny, lisa | 100 | 101 (-1.0%) | 98 (+2.0%) |" in summaries.table(document)
+    assert [m.name for m in records.measures(document)] == ["planned", "tracked", "resident"]
+    row = {
+        "table": "T1",
+        "model": "7B",
+        "method": "full",
+        "peak": 6e10,
+        "paper_gb": 59.0,
+        "assumptions": "bf16",
+    }
+    document = {"command": "python -m bench plan --papers", "machine": {}, "results": [row]}
+    assert "| T1 | 7B, full | 60.00 | 59 | bf16 |" in summaries.table(document)
+
+
 def test_traffic_stands_beside_the_peers_formulas():
     row = {"target": "sm_90", "shape": "8192x4096x4096", "rank": 16, "dropout": 0.0, "method": "lora",
            "pass": "forward", "launches": [{}, {}], "issued": 2**30, "compulsory": 225 * 2**20}  # fmt: skip

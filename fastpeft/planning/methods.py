@@ -74,8 +74,8 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
         found = Method(_adapters(as_config(method)), method)
     else:
         raise ConfigError(
-            f"method: expected one of {', '.join(NAMES)}, a configuration for patch, a schedule, both in a pair, "
-            f"or None, got {method!r}"
+            f"method: expected one of {', '.join(NAMES)}, a configuration for patch, a schedule, both in a "
+            f"pair, or None, got {method!r}"
         )
     return _with_numbers(found, rank, layers)
 

@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types codegen codegen-full bench clean
+.PHONY: demo test lint types codegen codegen-full bench bench-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
@@ -32,7 +33,11 @@ codegen-full: $(VENV)/.test
 	$(BIN)/python -m bench codegen
 
 bench: $(VENV)/.test
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# The same beside torchtune and loralib, which need an older torchao than the tests: an environment of its own.
+bench-peers: $(VENV)-peers/.peers
+	$(VENV)-peers/bin/python -m bench $(BENCH_ARGS)
 
 $(VENV)/.base: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -54,5 +59,13 @@ $(VENV)/.test: $(VENV)/.base pyproject.toml
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
+$(VENV)-peers/.peers: constraints.txt pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-peers
+	@echo "installing torch and the peers into $(VENV)-peers (once)"
+	@sed 's/^torchao==.*/torchao==0.17.0/' constraints.txt > $(VENV)-peers/constraints.txt
+	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(VENV)-peers/constraints.txt --editable '.[peers]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-peers .cache runs build dist *.egg-info

@@ -4,49 +4,43 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bench import adapter_files, gpu_peers, peak, peer_linears, saved
+from bench.adapter import Adapter
+from bench.clock import Stopwatch
 from bench.measure import Phases
 
 LEARNING_RATE = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Adapter:
-    """What both sides are asked for; everything else stays at PEFT's defaults."""
-
-    rank: int
-    """Rank r of the adapters."""
-    dora: bool
-    """DoRA instead of LoRA."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
-
-    @property
-    def alpha(self) -> int:
-        """Twice the rank: a scaling of 2, because a scaling of 1 could be skipped by one side."""
-        return 2 * self.rank
-
-
 class Contender:
     """A model with its batch, its optimiser and the way to run one step."""
 
-    def __init__(self, name: str, model: nn.Module, ids: Tensor, *, embeds: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        ids: Tensor,
+        *,
+        embeds: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.name = name
         self.model = model
         self.ids = ids
         self._embeds = embeds
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE) if self.trainable else None
+        if optimizer is None and self.trainable:
+            optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE)
+        self.optimizer = optimizer
 
     def forward(self) -> Any:
         """The model's output, with `loss` and `logits`."""
@@ -63,31 +57,49 @@ class Contender:
 
     def step(self) -> Phases:
         """One training step; seconds by phase."""
-        start = perf_counter()
+        watch = Stopwatch(self.ids.device)
         loss = self.loss()
-        forward = perf_counter()
+        watch.mark("forward")
         torch.autograd.backward(loss)
-        backward = perf_counter()
+        watch.mark("backward")
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        end = perf_counter()
-        return {
-            "step": end - start,
-            "forward": forward - start,
-            "backward": backward - forward,
-            "optimizer": end - backward,
-        }
+        watch.mark("optimizer")
+        return watch.phases("step")
 
     def save(self, folder: Path) -> None:
         """Write the adapters as PEFT's files."""
-        if hasattr(self.model, "save_pretrained") and hasattr(self.model, "peft_config"):
-            # Without the flag PEFT may ask the hub whether the embedding was resized.
-            cast("Any", self.model).save_pretrained(folder, save_embedding_layers=False)
-        else:
-            import fastpeft
+        adapter_files.save(self.model, folder)
 
-            fastpeft.save(self.model, folder)
+    def saved_bytes(self) -> int:
+        """Bytes one forward pass keeps for backward, parameters and buffers apart."""
+        with saved.SavedBytes(saved.state_of(self.model)) as counter:
+            loss = self.loss()
+        count = counter.bytes()
+        del loss
+        return count
+
+    def step_bytes(self, steps: int = 1) -> tuple[int, int]:
+        """The most bytes alive during `steps` steps, of all tensors, and of moments after any of them.
+
+        All: weights, gradients, moments, activations. One step goes before, so that moments are there.
+        """
+        self.step()
+        # The list must not outlive the call: a schedule drops moments, and they are to go.
+        with peak.PeakBytes([*saved.state_of(self.model), *self._moments(), self.ids]) as counter:
+            moments = []
+            for _ in range(steps):
+                self.step()
+                moments.append(self._moments_bytes())
+        return counter.peak, max(moments)
+
+    def _moments_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._moments() if tensor.dim())
+
+    def _moments(self) -> list[Tensor]:
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def frozen(base: nn.Module, ids: Tensor) -> Contender:
@@ -102,12 +114,12 @@ def full(base: nn.Module, ids: Tensor) -> Contender:
 
 def peft(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
     """PEFT with its defaults: fp32 adapters on every linear of the blocks."""
-    return Contender(f"peft-{_method(adapter)}", peft_model(copy.deepcopy(base), adapter), ids)
+    return Contender(f"peft-{adapter.method}", peft_model(copy.deepcopy(base), adapter), ids)
 
 
 def fastpeft(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
     """fastpeft on the same modules, with its defaults."""
-    return Contender(f"fastpeft-{_method(adapter)}", fastpeft_model(copy.deepcopy(base), adapter), ids)
+    return Contender(f"fastpeft-{adapter.method}", fastpeft_model(copy.deepcopy(base), adapter), ids)
 
 
 def in_place(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
@@ -115,21 +127,62 @@ def in_place(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
     import fastpeft
 
     model = fastpeft.patch(peft_model(copy.deepcopy(base), adapter))
-    return Contender(f"inplace-{_method(adapter)}", model, ids)
+    return Contender(f"inplace-{adapter.method}", model, ids)
+
+
+def peft_compiled(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
+    """PEFT's model under `torch.compile`."""
+    model = peft_model(copy.deepcopy(base), adapter)
+    model.compile(dynamic=False)
+    return Contender(f"peft-compiled-{adapter.method}", model, ids)
+
+
+def liger(base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
+    """PEFT's model with Liger's RMSNorm, SwiGLU and loss around its layers."""
+    if reason := gpu_peers.missing("liger", adapter.method, ids.device):
+        raise RuntimeError(reason)
+    model = peft_model(gpu_peers.apply_liger(copy.deepcopy(base)), adapter)
+    return Contender(f"liger-{adapter.method}", model, ids)
+
+
+def peer(name: str, base: nn.Module, ids: Tensor, adapter: Adapter) -> Contender:
+    """The model with another library's linears inside its blocks."""
+    if reason := peer_linears.missing(name, adapter.method):
+        raise RuntimeError(reason)
+    model = copy.deepcopy(base)
+    paths = [path for path, module in model.named_modules()
+             if isinstance(module, nn.Linear) and ".layers." in path]  # fmt: skip
+    return Contender(f"{name}-{adapter.method}", peer_linears.install(model, name, adapter, paths), ids)
 
 
 AdapterBuilder = Callable[[nn.Module, Tensor, Adapter], Contender]
 BASELINES: dict[str, Callable[[nn.Module, Tensor], Contender]] = {"frozen": frozen, "full": full}
 SIDES: dict[str, AdapterBuilder] = {"peft": peft, "inplace": in_place, "fastpeft": fastpeft}
-NAMES = (*BASELINES, *(f"{side}-{method}" for method in ("lora", "dora") for side in SIDES))
+PEERS: dict[str, AdapterBuilder] = {
+    **{name: partial(peer, name) for name in peer_linears.PEERS},
+    "peft-compiled": peft_compiled,
+    "liger": liger,
+}
+METHODS = ("lora", "dora")
+NAMES = (*BASELINES, *(f"{side}-{method}" for method in METHODS for side in SIDES))
+PEER_NAMES = tuple(f"{side}-{method}" for method in METHODS for side in PEERS)
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the contender `name` cannot run here, or None."""
+    side, _, method = name.rpartition("-")
+    if side in peer_linears.PEERS:
+        return peer_linears.missing(side, method)
+    return gpu_peers.missing(side, method, device) if side == "liger" else None
 
 
 def build(name: str, base: nn.Module, ids: Tensor, rank: int) -> Contender:
     """The contender called `name`, on a copy of `base`."""
     if name in BASELINES:
         return BASELINES[name](base, ids)
-    side, _, method = name.partition("-")
-    return SIDES[side](base, ids, Adapter(rank=rank, dora=method == "dora"))
+    side, _, method = name.rpartition("-")
+    builder = (SIDES | PEERS)[side]
+    return builder(base, ids, Adapter(rank=rank, dora=method == "dora"))
 
 
 def peft_model(
@@ -158,6 +211,9 @@ def peft_model(
                 parameter.normal_(std=0.2 / math.sqrt(adapter.rank))
             elif "lora_magnitude_vector" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            if "lora_" in name:
+                # Exact in 16 bits too, where some peers keep their adapters: all start from the same numbers.
+                parameter.copy_(parameter.bfloat16())
     return wrapped.train()
 
 
@@ -169,22 +225,3 @@ def fastpeft_model(model: nn.Module, adapter: Adapter) -> nn.Module:
         r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, use_dora=adapter.dora
     )
     return fastpeft.patch(model, config).train()
-
-
-def copy_adapters(source: Contender, target: Contender) -> None:
-    """Give `target`, fastpeft's or PEFT's, the adapter weights of `source`, through PEFT's files."""
-    import fastpeft
-
-    with tempfile.TemporaryDirectory() as folder:
-        source.save(Path(folder))
-        if hasattr(target.model, "peft_config"):
-            from peft import set_peft_model_state_dict
-            from safetensors.torch import load_file
-
-            set_peft_model_state_dict(target.model, load_file(Path(folder) / "adapter_model.safetensors"))
-        else:
-            fastpeft.load(target.model, folder)
-
-
-def _method(adapter: Adapter) -> str:
-    return "dora" if adapter.dora else "lora"

@@ -64,16 +64,21 @@ def interleave(
     the contender's name before every run, warm-up included.
     """
     samples: Samples = {name: {} for name in runs}
-    for index in range(warmup + rounds):
-        for name, run in runs.items():
-            on_run(name)
-            gc.collect()
-            gc.disable()
-            try:
-                phases = run()
-            finally:
-                gc.enable()
-            if index >= warmup:
-                for phase, seconds in phases.items():
-                    samples[name].setdefault(phase, []).append(seconds)
+    gc.collect()
+    gc.freeze()  # a collection would walk all that is imported, longer than many runs take
+    try:
+        for index in range(warmup + rounds):
+            for name, run in runs.items():
+                on_run(name)
+                gc.collect()
+                gc.disable()
+                try:
+                    phases = run()
+                finally:
+                    gc.enable()
+                if index >= warmup:
+                    for phase, seconds in phases.items():
+                        samples[name].setdefault(phase, []).append(seconds)
+    finally:
+        gc.unfreeze()
     return samples

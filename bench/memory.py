@@ -1,6 +1,6 @@
-"""Suite `memory`: bytes that the forward pass keeps for backward, PEFT and fastpeft, LoRA and DoRA.
+"""Suite `memory`: bytes that the forward pass keeps for backward, PEFT, fastpeft and others, LoRA and DoRA.
 
-Parameters and buffers are alive anyway and not counted; for one layer its input is not either. `saved` is
+Parameters and buffers are alive anyway and not counted; for one block its input is not either. `saved` is
 what autograd holds through its hooks; `live` is what was allocated in the forward pass and outlived it, which
 would also show a tensor hidden from the hooks. Where the two differ, the smaller is not the whole truth: a
 tensor from before the forward pass counts in `saved` only.
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from bench import contenders, report, saved, single
-from bench.contenders import Adapter
+from bench import contenders, options, report, saved, single
+from bench.adapter import Adapter
+from bench.blocks import BLOCKS, Problem, Shape
 from bench.models import DTYPES, WORKLOADS, Workload
-from bench.single import Shape
 
 Counter = Callable[[], tuple[int, int]]
 
@@ -38,20 +37,17 @@ class Row:
 
 def parser() -> argparse.ArgumentParser:
     """The suite's options."""
-    arguments = argparse.ArgumentParser(
-        prog="python -m bench memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    arguments = options.Parser("memory", __doc__)
     add = arguments.add_argument
     add("--shape", type=Shape.parse, default=Shape(M=4096, K=1024, N=2048), metavar="MxKxN",
-        help="the layer: tokens x in x out (default 4096x1024x2048)")  # fmt: skip
+        help="the blocks: tokens x in x out (default 4096x1024x2048)")  # fmt: skip
+    add("--blocks", choices=BLOCKS, nargs="+", default=["linear"], help="of linear (default), qkv, mlp")
     add("--layer-only", action="store_true", help="leave the whole model out")
     add("--model", choices=WORKLOADS, default="llama-768", help="the whole model (default llama-768)")
-    add("--rank", type=report.positive, default=16, help="adapter rank (default 16)")
-    add("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="default 0.0 and 0.1")
+    add("--rank", type=options.positive, default=16, help="adapter rank (default 16)")
+    add("--dropout", type=options.probability, nargs="+", default=[0.0, 0.1], help="default 0.0 and 0.1")
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default bfloat16)")
-    report.add_common(arguments)
+    options.add_common(arguments)
     return arguments
 
 
@@ -64,41 +60,41 @@ def main(argv: Sequence[str]) -> int:
                 for dora in (False, True) for dropout in arguments.dropout]  # fmt: skip
     tail = f"{arguments.dtype}, r={arguments.rank}"
     records: list[report.Record] = []
-    failed = fill(
-        f"one layer, {arguments.shape}, {tail}", layer_rows(arguments.shape, dtype, adapters), records
-    )
+    failed = False
+    for block in arguments.blocks:
+        problem = Problem(block=block, shape=arguments.shape, dtype=dtype, device=arguments.device)
+        rows = block_rows(problem, adapters)
+        failed = fill(f"one {block}, {arguments.shape}, {tail}", rows, records) or failed
     if not arguments.layer_only:
         workload = WORKLOADS[arguments.model]
         title = f"{arguments.model}, {workload.batch}x{workload.sequence} tokens, {tail}"
-        failed = fill(title, model_rows(workload, dtype, adapters), records) or failed
+        failed = fill(title, model_rows(workload, dtype, adapters, arguments.device), records) or failed
     if arguments.json:
         report.write_json(arguments.json, report.command_line("memory", argv), facts, records)
     return int(failed)
 
 
-def layer_rows(shape: Shape, dtype: torch.dtype, adapters: Sequence[Adapter]) -> Iterator[Row]:
-    """The contenders of one layer."""
+def block_rows(problem: Problem, adapters: Sequence[Adapter]) -> Iterator[Row]:
+    """The contenders of one block: ours, and those peers that can run here."""
 
     def count(build: Callable[[], single.Layer]) -> tuple[int, int]:
         layer = build()
+        return saved.count(layer.forward, [*saved.state_of(layer.root), layer.x])
 
-        def forward() -> Tensor:
-            y: Tensor = layer.call(layer.x)
-            return y
-
-        return saved.count(forward, [*saved.state_of(layer.root), layer.x])
-
-    yield Row(name="frozen", adapter=None, count=partial(count, partial(single.frozen, shape, dtype)))
+    yield Row(name="frozen", adapter=None, count=partial(count, partial(single.frozen, problem)))
     for adapter in adapters:
-        for side, builder in single.SIDES.items():
-            yield Row(
-                name=side, adapter=adapter, count=partial(count, partial(builder, shape, dtype, adapter))
-            )
+        for side, builder in (single.OURS | single.PEERS).items():
+            if side == "peft-compiled" or single.missing(side, adapter.method, problem.device):
+                continue
+            name = f"{side}-{adapter.method}"
+            yield Row(name=name, adapter=adapter, count=partial(count, partial(builder, problem, adapter)))
 
 
-def model_rows(workload: Workload, dtype: torch.dtype, adapters: Sequence[Adapter]) -> Iterator[Row]:
+def model_rows(
+    workload: Workload, dtype: torch.dtype, adapters: Sequence[Adapter], device: torch.device
+) -> Iterator[Row]:
     """The contenders of one whole model."""
-    base, ids = workload.build(dtype), workload.batch_ids()
+    base, ids = workload.build(dtype, device=device), workload.batch_ids(device=device)
 
     def count(build: Callable[[], contenders.Contender]) -> tuple[int, int]:
         contender = build()
@@ -108,7 +104,8 @@ def model_rows(workload: Workload, dtype: torch.dtype, adapters: Sequence[Adapte
         yield Row(name=name, adapter=None, count=partial(count, partial(baseline, base, ids)))
     for adapter in adapters:
         for side, builder in contenders.SIDES.items():
-            yield Row(name=side, adapter=adapter, count=partial(count, partial(builder, base, ids, adapter)))
+            name = f"{side}-{adapter.method}"
+            yield Row(name=name, adapter=adapter, count=partial(count, partial(builder, base, ids, adapter)))
 
 
 def fill(title: str, rows: Iterator[Row], records: list[report.Record]) -> bool:
@@ -120,37 +117,23 @@ def fill(title: str, rows: Iterator[Row], records: list[report.Record]) -> bool:
     with report.progress(title, len(todo)) as advance:
         for row in todo:
             advance(row.name)
-            method = "-" if row.adapter is None else "DoRA" if row.adapter.dora else "LoRA"
-            dropout = "-" if row.adapter is None else f"{row.adapter.dropout:g}"
-            record: report.Record = {
-                "case": title,
-                "contender": row.name,
-                "method": method,
-                "dropout": dropout,
-            }
+            dropout = row.adapter.dropout if row.adapter else 0.0
+            record: report.Record = {"case": title, "contender": row.name, "dropout": dropout}
             records.append(record)
             try:
                 held, live = row.count()
             except Exception as error:  # a contender that cannot run is a row, with its reason
                 record["blocked"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                failures.append(f"{row.name} {method}: {record['blocked']}")
+                failures.append(f"{row.name}: {record['blocked']}")
                 continue
             record |= {"saved_bytes": held, "live_bytes": live}
-            if row.adapter is not None and row.name == "peft":
+            if row.adapter is not None and row.name.startswith("peft-"):
                 peers[row.adapter] = held
             floor = held if row.name == "frozen" else floor
             peer = peers.get(row.adapter, 0) if row.adapter else 0
             shares = (f"{held / peer:.1%}", f"{(held - floor) / (peer - floor):.1%}") if peer else ("-", "-")
-            lines.append([row.name, method, dropout, report.mebibytes(held), report.mebibytes(live), *shares])
-    columns = (
-        "contender",
-        "method",
-        "dropout",
-        "saved MiB",
-        "live MiB",
-        "saved / PEFT's",
-        "beyond frozen / PEFT's",
-    )
+            lines.append([row.name, f"{dropout:g}", report.mebibytes(held), report.mebibytes(live), *shares])
+    columns = ("contender", "dropout", "saved MiB", "live MiB", "saved / PEFT's", "beyond frozen / PEFT's")
     note = "beyond frozen: what the adapters add to the frozen base's own saved bytes"
     report.print_table(title, columns, lines, note)
     for failure in failures:

@@ -37,7 +37,7 @@ class Workload:
         """Tokens a step."""
         return self.batch * self.sequence
 
-    def build(self, dtype: torch.dtype, *, seed: int = 0) -> nn.Module:
+    def build(self, dtype: torch.dtype, *, seed: int = 0, device: torch.device | None = None) -> nn.Module:
         """The model with seeded random weights, in training mode."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,12 +55,12 @@ class Workload:
             eos_token_id=0,
         )
         torch.manual_seed(seed)
-        return cast("nn.Module", LlamaForCausalLM(config).to(dtype).train())
+        return cast("nn.Module", LlamaForCausalLM(config).to(device=device, dtype=dtype).train())
 
-    def batch_ids(self, *, seed: int = 0) -> Tensor:
+    def batch_ids(self, *, seed: int = 0, device: torch.device | None = None) -> Tensor:
         """Random token ids [batch, sequence], also used as labels."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.vocab, (self.batch, self.sequence), generator=generator)
+        return torch.randint(self.vocab, (self.batch, self.sequence), generator=generator).to(device)
 
 
 WORKLOADS = {
@@ -72,6 +72,11 @@ WORKLOADS = {
     "smollm2-135m": Workload(
         hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True,
         batch=2, sequence=256,
+    ),
+    # Llama-2-7B, for `patch`, which makes it on the meta device.
+    "llama-2-7b": Workload(
+        hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, vocab=32000, tied=False,
+        batch=1, sequence=1024,
     ),
     # For the tests: a whole run takes a second. Its times say nothing.
     "tiny": Workload(

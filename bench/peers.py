@@ -1,7 +1,9 @@
-"""What other implementations move for one linear layer, as formulas in X, W and Y.
+"""What an implementation moves for one linear layer, as formulas in X, W and Y; `block_peers` has blocks.
 
 X = 2MK, W = 2NK and Y = 2MN are bytes in 16 bits; terms of the rank are left out (1 to 6 MiB at r = 16).
-None of it is measured here: it is read from each project's sequence of operations.
+None of it is measured here: it is read from each project's sequence of operations. PEFT's DoRA backward, for
+one: products with s and c (4Y), c's gradient from two products and their sums (8Y), the base product's share
+of dY (2Y) and its sum with dY (3Y), dx (Y+W+X), dS and dB (2Y), dA and the adapter's dx (2X), their sum (3X).
 """
 
 from __future__ import annotations
@@ -11,21 +13,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formula:
-    """`x X + w W + y Y` bytes in `launches` launches (None where nobody counted them)."""
+    """`x X + w W + f F + y Y` bytes in `launches` launches (None where nobody counted them).
+
+    F = 2 M d_ff is a gated MLP's inner tensor; a single layer has none.
+    """
 
     name: str
     x: float
     w: float
     y: float
+    f: float = 0.0
     launches: int | None = None
 
     def bytes(self, m: int, n: int, k: int) -> float:
         """The formula's value for M tokens, N outputs, K inputs."""
-        return 2.0 * (self.x * m * k + self.w * n * k + self.y * m * n)
+        return self.total(x=2 * m * k, w=2 * n * k, y=2 * m * n)
+
+    def total(self, *, x: int, w: int, y: int, f: int = 0) -> float:
+        """The formula's value for tensors of so many bytes."""
+        return self.x * x + self.w * w + self.f * f + self.y * y
 
     def text(self) -> str:
         """As `2X+W+Y`."""
-        terms = [(self.x, "X"), (self.w, "W"), (self.y, "Y")]
+        terms = [(self.x, "X"), (self.w, "W"), (self.f, "F"), (self.y, "Y")]
         return "+".join(f"{'' if count == 1 else f'{count:g}'}{name}" for count, name in terms if count)
 
 
@@ -54,9 +64,9 @@ PEERS = {
         Formula(name="PEFT", x=2, w=10, y=14, launches=14),
     ),
     ("dora", "forward, norm cached"): (Formula(name="Axolotl", x=4, w=1, y=10, launches=7),),
-    ("dora", "backward"): (),
+    ("dora", "backward"): (Formula(name="PEFT", x=6, w=1, y=20, launches=14),),
 }
 
 # Totals in MiB and launches where no formula is written down, at these M, N, K and r in bf16.
 PUBLISHED_AT = (8192, 4096, 4096, 16)
-PUBLISHED = {("dora", "backward"): (("Axolotl", 930, 9), ("Scaling DoRA", 1250, 10), ("PEFT", 1698, 14))}
+PUBLISHED = {("dora", "backward"): (("Axolotl", 930, 9), ("Scaling DoRA", 1250, 10))}

@@ -21,7 +21,7 @@ from typing import Any
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from bench import contenders, report
+from bench import contenders, options, report
 from bench.contenders import Contender
 from bench.models import DTYPES, WORKLOADS
 
@@ -53,35 +53,34 @@ class Profile:
 
 def parser() -> argparse.ArgumentParser:
     """The suite's options."""
-    arguments = argparse.ArgumentParser(
-        prog="python -m bench profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    arguments = options.Parser("profile", __doc__)
     add = arguments.add_argument
     add("--model", choices=WORKLOADS, default="llama-768", help="model and batch (default llama-768)")
-    add("--rank", type=report.positive, default=16, help="adapter rank (default 16); GEMMs are told "
+    add("--rank", type=options.positive, default=16, help="adapter rank (default 16); GEMMs are told "
         "apart by it, so it must be no other dimension of the model")  # fmt: skip
     add("--contenders", nargs="+", choices=contenders.NAMES, metavar="NAME",
         default=["frozen", "fastpeft-lora", "fastpeft-dora"],
         help=f"of {', '.join(contenders.NAMES)} (default frozen and both of fastpeft)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default bfloat16)")
-    add("--top", type=report.positive, default=8, help="operators listed for the last contender (default 8)")
-    report.add_common(arguments)
+    add("--top", type=options.positive, default=8, help="operators listed for the last contender (default 8)")
+    options.add_common(arguments)
     return arguments
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the suite."""
-    options = parser()
-    arguments = options.parse_args(argv)
+    commands = parser()
+    arguments = commands.parse_args(argv)
     workload = WORKLOADS[arguments.model]
+    if arguments.device.type != "cpu":
+        commands.error("argument --device: operators are told apart by the processor's time; expected cpu")
     if arguments.rank in (workload.hidden, workload.intermediate, workload.vocab, workload.tokens):
-        options.error(
+        commands.error(
             f"--rank {arguments.rank} is a dimension of {arguments.model}: adapter GEMMs would not show"
         )
     facts = report.begin("profile", arguments)
-    base, ids = workload.build(DTYPES[arguments.dtype]), workload.batch_ids()
+    base = workload.build(DTYPES[arguments.dtype], device=arguments.device)
+    ids = workload.batch_ids(device=arguments.device)
     profiles: dict[str, Profile] = {}
     with report.progress("profile", len(arguments.contenders)) as advance:
         for name in arguments.contenders:

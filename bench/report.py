@@ -1,4 +1,4 @@
-"""Tables, progress and JSON, the same for every suite."""
+"""Tables, progress and the JSON document, the same for every suite."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from bench import machine
 from bench.measure import Spread
+from bench.options import Parser, new_file, positive
+
+__all__ = ["Parser", "new_file", "positive"]  # where `traffic` takes them from
 
 Record = dict[str, object]
 """One row of results as it goes into the JSON file."""
@@ -30,41 +33,11 @@ def console(*, error: bool = False) -> Console:
     return Console(stderr=error, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False)
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, received {text}")
-    return value
-
-
-def new_file(text: str) -> Path:
-    """A path whose folder exists, for argparse: found wrong before the measurement, not after it."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder")
-    return path
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options every suite has."""
-    parser.add_argument("--threads", type=positive, help="threads torch uses (default: torch's own choice)")
-    parser.add_argument(
-        "--json", type=new_file, metavar="PATH", help="also write the results to PATH as JSON"
-    )
-
-
-def add_timing(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """The options of suites that measure time."""
-    parser.add_argument("--rounds", type=positive, default=rounds, help=f"measured rounds (default {rounds})")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds thrown away first (default 2)")
-
-
 def begin(suite: str, arguments: argparse.Namespace) -> dict[str, str]:
     """Set the threads, print the machine, and return its facts."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    facts = machine.facts()
+    facts = machine.facts(arguments.device)
     out = console()
     out.print(f"[bold]bench {suite}[/bold]")
     out.print("; ".join(f"{key}: {value}" for key, value in facts.items()), soft_wrap=True)
@@ -73,14 +46,11 @@ def begin(suite: str, arguments: argparse.Namespace) -> dict[str, str]:
 
 def command_line(suite: str, argv: Sequence[str]) -> str:
     """The command that makes the same results, less where it writes them."""
-    words = iter(argv)
-    kept = []
-    for word in words:
-        if word == "--json":
-            next(words, None)
-        elif not word.startswith("--json="):
-            kept.append(word)
-    return " ".join(["python -m bench", suite, *kept])
+    words = list(argv)
+    while "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return " ".join(["python -m bench", suite, *words])
 
 
 def write_json(path: Path, command: str, facts: dict[str, str], rows: list[Record]) -> None:

@@ -98,21 +98,25 @@ def state_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def count(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> tuple[int, int]:
+def count(forward: Callable[[], Any], exclude: Iterable[Tensor]) -> tuple[int, int]:
     """(saved, live) bytes of one forward pass, each from a run of its own.
 
-    Only the graph is held when the live bytes are read, not the result, so that an output counts only
-    if backward needs it.
+    `forward` returns a tensor, or a tuple of them. Only the graph is held when the live bytes are read, not
+    the result, so that an output counts only if backward needs it.
     """
     excluded = list(exclude)
     with SavedBytes(excluded) as saved:
-        node = forward().grad_fn
-    if node is None:
+        nodes = _graph(forward())
+    if not nodes:
         raise ValueError("the forward pass built no graph, so nothing can be saved for backward")
     bytes_saved = saved.bytes()
-    del node
+    del nodes
     with LiveBytes(excluded) as live:
-        node = forward().grad_fn
+        nodes = _graph(forward())
     bytes_live = live.bytes()
-    del node
+    del nodes
     return bytes_saved, bytes_live
+
+
+def _graph(result: Any) -> list[Any]:
+    return [leaf.grad_fn for leaf in tree_leaves(result) if leaf.grad_fn is not None]

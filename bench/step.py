@@ -1,7 +1,8 @@
-"""Suite `step`: whole training steps, fastpeft and PEFT side by side.
+"""Suite `step`: whole training steps, fastpeft, PEFT and others side by side.
 
 A step is forward with labels, backward, AdamW step, zero_grad. `frozen` is the floor: the frozen base's
-forward and full input-gradient backward without adapters or optimiser; `full` is full fine-tuning.
+forward and full input-gradient backward without adapters or optimiser; `full` is full fine-tuning; `lisa`,
+`badam` and `ist` train a few blocks at a time (suite `sparse` has more on them).
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bench import contenders, parity, report, saved
+from bench import adapter_files, contenders, layer_sparse, options, parity, report
 from bench.contenders import Contender
+from bench.layer_sparse import Settings
 from bench.measure import Samples, Spread, interleave, pairwise_ratio
 from bench.models import DTYPES, WORKLOADS, Workload
+from bench.records import method_of
 
 PHASES = ("step", "forward", "backward", "optimizer")
+SPARSE = ("lisa", "badam", "ist")
+CORE = (*contenders.NAMES, *SPARSE)
+NAMES = (*CORE, *contenders.PEER_NAMES)
+GROUPS = {"core": CORE, "peers": contenders.PEER_NAMES, "all": NAMES}
+GATED = (*contenders.SIDES, *contenders.PEERS)
 
 
 @dataclass(kw_only=True)
@@ -33,54 +41,77 @@ class Lineup:
     """What the parity gate compared, by contender."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bytes:
+    """What a contender keeps."""
+
+    saved: int
+    peak: int | None
+    moments: int
+
+
 def parser() -> argparse.ArgumentParser:
     """The suite's options."""
-    arguments = argparse.ArgumentParser(prog="python -m bench step", description=__doc__)
+    arguments = options.Parser("step", __doc__)
     add = arguments.add_argument
     add("--model", choices=WORKLOADS, default="llama-768", help="model and batch (default llama-768)")
-    add("--ranks", type=report.positive, nargs="+", default=[16, 64], help="adapter ranks (default 16 64)")
-    add("--contenders", nargs="+", choices=contenders.NAMES, default=list(contenders.NAMES), metavar="NAME",
-        help=f"which to run, in this order; a name given twice shows the noise. "
-        f"Of: {', '.join(contenders.NAMES)} (default all)")  # fmt: skip
+    add("--ranks", type=options.positive, nargs="+", default=[16, 64], help="adapter ranks (default 16 64)")
+    add("--contenders", nargs="+", choices=(*GROUPS, *NAMES), default=["core"], metavar="NAME",
+        help=f"which to run, in this order; a name given twice shows the noise. Of: {', '.join(NAMES)}; "
+        f"or core (default), peers, all")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default bfloat16)")
-    add("--batch", type=report.positive, help="sequences a step, instead of the model's own")
-    add("--sequence", type=report.positive, help="tokens a sequence, instead of the model's own")
-    report.add_timing(arguments, rounds=10)
-    report.add_common(arguments)
+    add("--batch", type=options.positive, help="sequences a step, instead of the model's own")
+    add("--sequence", type=options.positive, help="tokens a sequence, instead of the model's own")
+    add("--layers", type=options.positive, default=2, help="blocks of lisa and ist (default 2)")
+    add("--period", type=options.positive, default=10, help="steps from switch to switch (default 10)")
+    options.add_timing(arguments, rounds=10)
+    options.add_common(arguments)
     return arguments
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the suite; 1 if a contender was blocked."""
-    arguments = parser().parse_args(argv)
-    facts = report.begin("step", arguments)
+    """Run the suite; 1 if a contender failed its parity check or broke."""
+    commands = parser()
+    arguments = commands.parse_args(argv)
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
     workload = sized(WORKLOADS[arguments.model], arguments.batch, arguments.sequence)
-    dtype = DTYPES[arguments.dtype]
-    base, ids = workload.build(dtype), workload.batch_ids()
+    if arguments.layers > workload.layers:
+        commands.error(f"argument --layers: {arguments.model} has {workload.layers} blocks")
+    names, absent = chosen(arguments.contenders, device)
+    for name, reason in absent.items():
+        if name in arguments.contenders:
+            commands.error(f"argument --contenders: {name} cannot run here: {reason}")
+    facts = report.begin("step", arguments)
+    base, ids = workload.build(dtype, device=device), workload.batch_ids(device=device)
     records: list[report.Record] = []
-    blocked = False
+    failed = False
     for rank in arguments.ranks:
         title = f"{arguments.model}, {workload.batch}x{workload.sequence} tokens, {arguments.dtype}, r={rank}"
-        lineup = line_up(arguments.contenders, base, ids, rank, dtype)
-        kept = {name: saved_bytes(contender) for name, contender in lineup.ready.items()}
+        settings = Settings(layers=arguments.layers, period=arguments.period, rank=rank)
+        lineup = line_up(names, base, ids, settings, dtype)
+        failed = failed or bool(lineup.blocked)
+        lineup.blocked |= {name: f"cannot run here: {reason}" for name, reason in absent.items()}
+        kept = {name: bytes_of(contender, settings) for name, contender in lineup.ready.items()}
         total = len(lineup.ready) * (arguments.warmup + arguments.rounds)
         with report.progress(f"step r={rank}", total) as advance:
             runs = {name: contender.step for name, contender in lineup.ready.items()}
             samples = interleave(runs, rounds=arguments.rounds, warmup=arguments.warmup, on_run=advance)
         show(title, workload, samples, kept, lineup)
         for name in (*lineup.ready, *lineup.blocked):
+            found = kept.get(name)
             records.append(
                 {"model": arguments.model, "batch": workload.batch, "sequence": workload.sequence,
                  "dtype": arguments.dtype, "rank": rank, "contender": name,
-                 "seconds": samples.get(name, {}), "saved_bytes": kept.get(name),
+                 "peer": "full" if name in SPARSE else None,
+                 "seconds": samples.get(name, {}), "saved_bytes": found and found.saved,
+                 "peak_bytes": found and found.peak, "moments_bytes": found and found.moments,
                  "blocked": lineup.blocked.get(name),
                  "parity": [{"quantity": c.quantity, "error": c.error, "peft": c.peer_error}
                             for c in lineup.checks.get(name, [])]}
             )  # fmt: skip
-        blocked = blocked or bool(lineup.blocked)
     if arguments.json:
         report.write_json(arguments.json, report.command_line("step", argv), facts, records)
-    return int(blocked)
+    return int(failed)
 
 
 def sized(workload: Workload, batch: int | None, sequence: int | None) -> Workload:
@@ -88,29 +119,42 @@ def sized(workload: Workload, batch: int | None, sequence: int | None) -> Worklo
     return replace(workload, batch=batch or workload.batch, sequence=sequence or workload.sequence)
 
 
-def line_up(names: Sequence[str], base: nn.Module, ids: Tensor, rank: int, dtype: torch.dtype) -> Lineup:
+def chosen(words: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The contenders that the words name, and of those the reasons of the ones that cannot run here."""
+    names = [name for word in words for name in GROUPS.get(word, (word,))]
+    reasons = {name: contenders.missing(name, device) for name in dict.fromkeys(names)}
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [name for name in names if name not in absent], absent
+
+
+def line_up(
+    names: Sequence[str], base: nn.Module, ids: Tensor, settings: Settings, dtype: torch.dtype
+) -> Lineup:
     """Build the contenders and let those with adapters through the parity gate.
 
     PEFT's contender of the same method is the yardstick, and is built even when it is not asked for.
     """
     lineup = Lineup()
     yardsticks: dict[str, tuple[Contender, parity.Outcome, parity.Outcome]] = {}
-    with report.progress(f"build and check r={rank}", len(names)) as advance:
+    with report.progress(f"build and check r={settings.rank}", len(names)) as advance:
         for name in names:
             advance(name)
             label = name
             while label in lineup.ready or label in lineup.blocked:
                 label += " again"
             try:
-                contender = contenders.build(name, base, ids, rank)
-                side, _, method = name.partition("-")
-                if method and side != "peft":
+                if name in layer_sparse.METHODS:
+                    lineup.ready[label] = layer_sparse.build(name, base, ids, settings)[0]
+                    continue
+                contender = contenders.build(name, base, ids, settings.rank)
+                method = method_of(name)
+                if method and name != f"peft-{method}":
                     if method not in yardsticks:
-                        peer = contenders.build(f"peft-{method}", base, ids, rank)
+                        peer = contenders.build(f"peft-{method}", base, ids, settings.rank)
                         wide = parity.truth(peer, parity.wider(dtype))
                         yardsticks[method] = (peer, wide, parity.outcome(peer))
                     peer, wide, peers = yardsticks[method]
-                    contenders.copy_adapters(peer, contender)
+                    adapter_files.copy(peer.model, contender.model)
                     lineup.checks[label] = parity.compare(wide, peers, parity.outcome(contender), dtype)
                     reason = parity.failure(lineup.checks[label])
                     if reason:
@@ -122,22 +166,24 @@ def line_up(names: Sequence[str], base: nn.Module, ids: Tensor, rank: int, dtype
     return lineup
 
 
-def saved_bytes(contender: Contender) -> int:
-    """Bytes one forward pass keeps for backward, parameters and buffers apart."""
-    with saved.SavedBytes(saved.state_of(contender.model)) as counter:
-        loss = contender.loss()
-    count = counter.bytes()
-    del loss
-    return count
+def bytes_of(contender: Contender, settings: Settings) -> Bytes:
+    """What the contender keeps for backward, at most, and as moments after a step."""
+    kept = contender.saved_bytes()
+    peak: int | None
+    peak, moments = layer_sparse.step_bytes(contender, settings)
+    if "compiled" in contender.name:
+        peak = None  # its buffers are in no operator's result
+    return Bytes(saved=kept, peak=peak, moments=moments)
 
 
-def show(title: str, workload: Workload, samples: Samples, kept: dict[str, int], lineup: Lineup) -> None:
+def show(title: str, workload: Workload, samples: Samples, kept: dict[str, Bytes], lineup: Lineup) -> None:
     """Print the table, then what the gate found."""
     rows = []
     for name in samples:
         step = samples[name]["step"]
-        method = name.split()[0].partition("-")[2]
+        method = method_of(name)
         peer = f"peft-{method}"
+        found = kept[name]
         rows.append([
             name,
             f"{workload.tokens / Spread.of(step).median:.0f}",
@@ -146,13 +192,16 @@ def show(title: str, workload: Workload, samples: Samples, kept: dict[str, int],
             report.ratio(over(samples, peer, name) if method else None),
             report.ratio(over(samples, name, "frozen")),
             report.ratio(over(samples, name, "full")),
-            report.mebibytes(kept[name]),
-            f"{kept[name] / kept[peer]:.0%}" if method and peer in kept else "-",
+            report.mebibytes(found.saved),
+            f"{found.saved / kept[peer].saved:.0%}" if method and peer in kept else "-",
+            "-" if found.peak is None else report.mebibytes(found.peak),
         ])  # fmt: skip
+    rows += [[name, *["-"] * 10, reason.partition(":")[0]] for name, reason in lineup.blocked.items()]
     columns = ("contender", "tokens/s", "step ms", "fwd ms", "bwd ms", "opt ms", "speed / PEFT's",
-               "time / frozen", "time / full", "saved MiB", "of PEFT's")  # fmt: skip
+               "time / frozen", "time / full", "saved MiB", "of PEFT's", "peak MiB")  # fmt: skip
     note = (
-        "medians ± half the interquartile range; ratios taken round by round; saved: bytes kept for backward"
+        "medians ± half the interquartile range; ratios taken round by round; saved: bytes kept for "
+        "backward; peak: of all tensors in a step"
     )
     report.print_table(title, columns, rows, note)
     out = report.console()

@@ -4,9 +4,9 @@
     python examples/compare.py --methods lora lisa --seeds 1 --steps 20
     python examples/compare.py --help
 
-Each method's learning rate is chosen first, from its own three, on text apart from the training and from the
-held-out text. Step times are then measured side by side, and each method trains for `--steps` steps and,
-beyond them, for as many as full fine-tuning's time allows. What is done is kept in the results file: a run
+Step times are measured first, side by side. Each method's learning rate is then chosen on text apart
+from the training and from the held-out text, and it trains for `--steps` steps and, beyond them, for as many
+as full fine-tuning's time allows. What is done is kept in the results file: a run
 that was stopped goes on where it was.
 """
 
@@ -37,71 +37,17 @@ import finetune
 import shakespeare
 import smollm2
 from errors import InputError
+from methods import METHODS
 from options import ROOT
 from report import say
 
 MIB = 2**20
 WARMUP = 0.1  # of the steps; constant after it, so that a longer run begins as a shorter one does
 TUNING_SEED = 1000
+MOST_RATES = 7
+SCORED = 2048  # held-out tokens; the same for all methods and seeds
 ROUNDS = 10  # of the timing, after one that does not count: two of the schedules' periods
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95%, by the number of seeds
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a method makes its optimiser on a fresh model, and the learning rates it is tried with."""
-
-    rates: tuple[float, ...]
-    build: Callable[[Any, float, int], torch.optim.Optimizer]
-
-
-def adapted(model: Any, seed: int, *, dora: bool = False) -> Any:
-    """Rank-16 adapters on every linear of the blocks."""
-    torch.manual_seed(seed)
-    return fastpeft.patch(model, fastpeft.LoRA(r=16, lora_alpha=32, use_dora=dora))
-
-
-def adamw(model: Any, rate: float) -> torch.optim.Optimizer:
-    """torch's AdamW on what trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
-
-
-def loraplus(model: Any, rate: float, seed: int) -> torch.optim.Optimizer:
-    """LoRA+ with the paper's ratio of 16."""
-    return torch.optim.AdamW(fastpeft.loraplus_groups(adapted(model, seed), rate), weight_decay=0.0)
-
-
-def sparse(model: Any, rate: float, schedule: Any, **options: Any) -> torch.optim.Optimizer:
-    """AdamW under a schedule."""
-    return fastpeft.LayerSparseAdamW(model, rate, weight_decay=0.0, schedule=schedule, **options)
-
-
-def quarter(model: Any) -> int:
-    """IST's number of layers at a time."""
-    return max(1, int(model.config.num_hidden_layers) // 4)
-
-
-METHODS = {
-    "full": Method((2e-5, 5e-5, 1e-4), lambda m, lr, seed: adamw(m, lr)),
-    "lora": Method((1e-3, 2e-3, 4e-3), lambda m, lr, seed: adamw(adapted(m, seed), lr)),
-    "dora": Method((1e-3, 2e-3, 4e-3), lambda m, lr, seed: adamw(adapted(m, seed, dora=True), lr)),
-    "lora+": Method((2e-4, 5e-4, 1e-3), loraplus),
-    "lisa": Method((5e-5, 1e-4, 2e-4), lambda m, lr, seed: sparse(m, lr, fastpeft.LISA(2, 5, seed))),
-    "badam": Method((1e-4, 2e-4, 5e-4), lambda m, lr, seed: sparse(m, lr, fastpeft.BAdam(5, seed=seed))),
-    "ist": Method(
-        (2e-3, 4e-3, 8e-3),
-        lambda m, lr, seed: sparse(
-            adapted(m, seed), lr, fastpeft.IST(quarter(m), seed=seed, update_every=5, score_lr=100.0)
-        ),
-    ),
-    # IST's adapters, as many at a time and kept in the same way, but drawn at random.
-    "random": Method(
-        (2e-3, 4e-3, 8e-3),
-        lambda m, lr, seed: sparse(
-            adapted(m, seed), lr, fastpeft.LISA(quarter(m), 1, seed), on_deactivate="keep"
-        ),
-    ),
-}
 
 
 @dataclass
@@ -250,12 +196,13 @@ def compare(o: argparse.Namespace) -> int:
         "dtype": o.dtype, "model": job.folder.name, "threads": torch.get_num_threads(),
     }  # fmt: skip
     results = Results(o.out / "compare.json", settings)
-    rates = {
-        name: results.get("rate", name, make=partial(tune, job, name, o.tuning_steps)) for name in o.methods
-    }
     key = " ".join(o.methods)
-    seconds = results.get("seconds", key, make=partial(timed, job, rates))
+    seconds = results.get("seconds", key, make=partial(timed, job, o.methods))
     longest = seconds.get("full", max(seconds.values()))
+    rates = {
+        name: results.get("rate", name, make=partial(tune, job, name, o.tuning_steps, results))
+        for name in o.methods
+    }
     for seed in range(o.seeds):
         for name in o.methods:
             more = max(0, math.floor(o.steps * longest / seconds[name]) - o.steps)
@@ -274,31 +221,36 @@ def prepare(o: argparse.Namespace) -> Job:
     folder = o.model or smollm2.prepare(o.cache, say)
     model = finetune.load_model(folder, o.dtype)
     rows, parts = finetune.tokenize(text, finetune.load_tokenizer(folder), model, o.sequence)
-    held_out = torch.cat(list(parts.values()))
+    held_out = corpus.spread(torch.cat(list(parts.values())), max(1, SCORED // o.sequence))
     few = min(len(held_out), max(1, len(rows) // 10))
     return Job(folder, o.dtype, rows[:-few], rows[-few:], held_out, o.steps, o.batch)
 
 
-def tune(job: Job, name: str, steps: int) -> float:
-    """The learning rate, of the method's three, with the lowest loss after a few steps."""
-    losses = {}
-    for rate in METHODS[name].rates:
+def tune(job: Job, name: str, steps: int, results: Results) -> float:
+    """The learning rate of lowest loss after a few steps: of the method's, and beyond where an end won."""
+    losses: dict[float, float] = {}
+
+    def loss_at(rate: float) -> float:
         run = job.build(name, rate, TUNING_SEED)
         for _ in range(steps):
             run.step()
-        losses[rate] = run.loss_on(job.tuning_rows)
-    best = min(losses, key=lambda rate: (not math.isfinite(losses[rate]), losses[rate]))
-    say(
-        f"rate of {name}: "
-        + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items())
-        + f" -> {best:g}"
-    )
+        return run.loss_on(job.tuning_rows)
+
+    todo = list(METHODS[name].rates)
+    while todo:
+        rate = todo.pop(0)
+        losses[rate] = results.get("tuning", name, f"{rate:g}", make=partial(loss_at, rate))
+        best = min(losses, key=lambda known: (not math.isfinite(losses[known]), losses[known]))
+        if not todo and len(losses) < MOST_RATES and best in (min(losses), max(losses)):
+            todo.append(best / 2 if best == min(losses) else best * 2)
+    found = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in sorted(losses.items()))
+    say(f"rate of {name}: {found} -> {best:g}")
     return best
 
 
-def timed(job: Job, rates: dict[str, float]) -> dict[str, float]:
+def timed(job: Job, names: Sequence[str]) -> dict[str, float]:
     """Mean seconds of a step, the methods' steps one after the other in each round."""
-    runs = {name: job.build(name, rate, TUNING_SEED) for name, rate in rates.items()}
+    runs = {name: job.build(name, METHODS[name].rates[0], TUNING_SEED) for name in names}
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1 + ROUNDS):
         for name, run in runs.items():

@@ -31,20 +31,27 @@ from fastpeft.errors import (
     ShapeError,
 )
 from fastpeft.loraplus import loraplus_groups
+from fastpeft.methods.bitfit import BitFit
+from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
+from fastpeft.methods.prompts import PrefixTuning, PromptTuning
+from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
 from fastpeft.patch_report import PatchReport
 from fastpeft.patching import patch, report, unpatch
+from fastpeft.planning.plan import MemoryPlan, plan
 from fastpeft.sparse.adamw import LayerSparseAdamW
 from fastpeft.sparse.controller import LayerSparse
 from fastpeft.sparse.ist import IST
 from fastpeft.sparse.schedule import LISA, BAdam, StaticImportance, TopK
+from fastpeft.training_state import load_training, save_training
 
 __all__ = [
     "IST",
     "LISA",
     "BAdam",
     "BackendError",
+    "BitFit",
     "CheckpointError",
     "ConfigError",
     "FastPeftError",
@@ -52,11 +59,17 @@ __all__ = [
     "LayerSparseAdamW",
     "LayerSparseError",
     "LoRA",
+    "MemoryPlan",
+    "ParallelAdapter",
     "PatchError",
     "PatchReport",
+    "PrefixTuning",
+    "PromptTuning",
+    "SeriesAdapter",
     "ShapeError",
     "StaticImportance",
     "TopK",
+    "VeRA",
     "__version__",
     "active_adapters",
     "add_adapter",
@@ -67,13 +80,16 @@ __all__ = [
     "get_backend",
     "hotswap",
     "load",
+    "load_training",
     "lora_linear",
     "loraplus_groups",
     "merge",
     "mixed_batch",
     "patch",
+    "plan",
     "report",
     "save",
+    "save_training",
     "set_adapter",
     "set_backend",
     "unmerge",

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.blocks.install import fuse_blocks
-from fastpeft.config import LoRA, as_lora
+from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.in_place.install import is_peft
 from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
-from fastpeft.patching import adapter_layers, build_layers, restore_layer, set_submodule, spec_for
+from fastpeft.methods.linears import LinearMethod, adapter_layers, build_layers, tied_to
+from fastpeft.methods.lora import is_rewritten
+from fastpeft.methods.registry import as_config, is_ours, method_of
+from fastpeft.patching import restore_layer, set_submodule
 from fastpeft.state import PatchState, require_state
 from fastpeft.targets import listed, select
 
@@ -48,18 +51,28 @@ def add_adapter(
         raise PatchError(f"add_adapter: the model already has an adapter {name!r}")
     if not name or "." in name or name == BASE:
         raise PatchError(f"add_adapter: expected a name without dots, got {name!r}")
-    lora = as_lora(config)
-    if lora.bias != "none" or lora.modules_to_save:
+    ours = as_config(config)
+    method = method_of(ours)
+    if not isinstance(method, LinearMethod):
+        raise ConfigError(f"add_adapter: {type(ours).__name__} does not stand beside others; unpatch first")
+    if ours.bias != "none" or ours.modules_to_save:
         raise ConfigError(
-            f"add_adapter: bias={lora.bias!r} and modules_to_save={list(lora.modules_to_save)} can only "
+            f"add_adapter: bias={ours.bias!r} and modules_to_save={list(ours.modules_to_save)} can only "
             f"train with the first adapter, {state.owner!r}; expected 'none' and no modules"
         )
+    if isinstance(ours, LoRA) and ours.rewrites_base:
+        raise ConfigError(
+            f"add_adapter: init_lora_weights={ours.init_lora_weights!r} rewrites the base, which "
+            f"{state.owner!r} stands on; patch a plain model with it"
+        )
     _refuse_merged(model, "add_adapter")
+    _refuse_rewritten(model, "add_adapter")
     if allow_unmatched is None:
-        allow_unmatched = config is not None and not isinstance(config, LoRA)
-    targets = select(model, lora, allow_unmatched=allow_unmatched).targets
+        allow_unmatched = config is not None and not is_ours(config)
+    targets = select(model, ours, allow_unmatched=allow_unmatched).targets
+    specs = method.specs(model, ours, targets)
     fresh = {path: module for path, module in targets.items() if not isinstance(module, AdapterMixin)}
-    replacements = build_layers(fresh, lora, name)
+    replacements = build_layers(fresh, specs, name)
     state.originals.update(fresh)
     for path, layer in replacements.items():
         set_submodule(model, path, layer)
@@ -67,8 +80,8 @@ def add_adapter(
     for path, module in targets.items():
         if isinstance(module, AdapterMixin) and id(module) not in seen:
             seen.add(id(module))
-            module.add_adapter(name, spec_for(lora, path))
-    state.configs[name] = lora
+            module.add_adapter(name, specs[path])
+    state.configs[name] = ours
     _set_flags(model, active_adapters(model))
     fuse_blocks(model)
     return model
@@ -134,11 +147,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Compute the base model inside a ``with`` block.
 
     Raises:
-        PatchError: the model is not patched, or merged.
+        PatchError: the model is not patched, or merged, or the base is not there: a part of it was moved into
+            the adapter, or it trains in place.
     """
-    _state(model, "disable_adapters")
+    state = _state(model, "disable_adapters", by_name=False)
     _refuse_merged(model, "disable_adapters")
-    layers = [layer for _, layer in adapter_layers(model)]
+    _refuse_rewritten(model, "disable_adapters")
+    config = state.configs[state.owner]
+    layers = method_of(config).switches(model)
+    if not layers:
+        raise PatchError(
+            f"disable_adapters: {type(config).__name__} trains the base in place, nothing beside it"
+        )
     before = [layer.adapters_enabled for layer in layers]
     for layer in layers:
         layer.adapters_enabled = False
@@ -161,6 +181,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     state = _state(model, "mixed_batch")
     _known(state, [name for name in names if name != BASE], "mixed_batch")
     _refuse_merged(model, "mixed_batch")
+    _refuse_rewritten(model, "mixed_batch")
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.row_adapters = tuple(names)
@@ -192,8 +213,10 @@ def combine_adapters(
     _known(state, list(weights), "combine_adapters")
     if method not in ("cat", "svd"):
         raise ConfigError(f"combine_adapters: expected method 'cat' or 'svd', got {method!r}")
-    if dora := [n for n in weights if state.configs[n].use_dora]:
-        raise PatchError(f"combine_adapters: {listed(dora)} is DoRA; expected LoRA adapters")
+    configs = {n: state.configs[n] for n in weights}
+    if other := [n for n, c in configs.items() if not isinstance(c, LoRA) or c.use_dora]:
+        kind = "DoRA" if isinstance(configs[other[0]], LoRA) else type(configs[other[0]]).__name__
+        raise PatchError(f"combine_adapters: {listed(other)} is {kind}; expected LoRA adapters")
     layers = dict(adapter_layers(model))
     paths = {n: {path for path, layer in layers.items() if n in layer.specs} for n in weights}
     common = next(iter(paths.values()))
@@ -210,7 +233,9 @@ def combine_adapters(
         B = torch.cat([layer.lora_B[n] * (w * layer.specs[n].scaling) for n, w in weights.items()], dim=1)
         if method == "svd":
             A, B = _truncated(A, B, rank[path])
-        spec = dataclasses.replace(layer.specs[next(iter(weights))], r=rank[path], scaling=1.0)
+        like = layer.specs[next(iter(weights))]
+        assert isinstance(like, AdapterSpec)
+        spec = dataclasses.replace(like, r=rank[path], scaling=1.0)
         _place(layer, name, spec, A, B)
     most = max(rank.values())
     state.configs[name] = dataclasses.replace(
@@ -296,12 +321,26 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
-def _state(model: nn.Module, verb: str) -> PatchState:
+def _state(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:
     if isinstance(model, nn.Module) and is_peft(model):
         raise PatchError(
             f"{verb}: this {type(model).__name__} holds PEFT's own layers; use PEFT's own methods"
         )
-    return require_state(model, verb)
+    state = require_state(model, verb)
+    config = state.configs[state.owner]
+    if by_name and not method_of(config).has_names:
+        raise PatchError(
+            f"{verb}: the model is patched with {type(config).__name__}, whose values have no names"
+        )
+    return state
+
+
+def _refuse_rewritten(model: nn.Module, verb: str) -> None:
+    if is_rewritten(model):
+        raise PatchError(
+            f"{verb}: the initialisation moved a part of the base into the adapter, so the base alone is not "
+            "there; fastpeft.save and load make a plain LoRA of it"
+        )
 
 
 def _known(state: PatchState, names: Sequence[str], verb: str) -> None:
@@ -321,25 +360,15 @@ def _refuse_merged(model: nn.Module, verb: str) -> None:
 
 
 def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
-    inside = set(paths)
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(path)
-    for path in paths:
-        weight = model.get_submodule(path)._parameters["weight"]
-        if others := [other for other in owners[id(weight)] if other != path]:
-            how = "too" if inside.issuperset(others) else "alone"
-            raise PatchError(
-                f"merge: the weight of {path} is tied to {listed(others)}, which would change {how}; "
-                "untie them, or leave it out of target_modules"
-            )
+    for path, others in tied_to(model, paths):
+        how = "too" if set(paths).issuperset(others) else "alone"
+        raise PatchError(
+            f"merge: the weight of {path} is tied to {listed(others)}, which would change {how}; "
+            "untie them, or leave it out of target_modules"
+        )
 
 
 def _set_flags(model: nn.Module, active: Sequence[str]) -> None:
     """Gradients for the active adapters alone."""
     for _, layer in adapter_layers(model):
-        for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(name in active)
+        layer.train_adapters(active)

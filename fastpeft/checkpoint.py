@@ -18,19 +18,23 @@ from fastpeft.config import LoRA
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
 from fastpeft.in_place.install import is_peft
-from fastpeft.layers.adapter import AdapterSpec
-from fastpeft.patching import adapter_layers, apply_patch, unpatch
+from fastpeft.methods.linears import adapter_layers
+from fastpeft.methods.lora import is_rewritten
+from fastpeft.methods.method import PREFIX
+from fastpeft.methods.registry import method_of
+from fastpeft.patching import apply_patch, unpatch
 from fastpeft.state import PatchState, find_state, require_state
-from fastpeft.targets import listed
+from fastpeft.targets import listed, shown_lines
 
-# A configuration may name a rank that no module of the file has, but not one that could fill the memory.
-_LARGEST_UNUSED_RANK = 4096
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write an adapter to a folder that PEFT (``PeftModel.from_pretrained``) and :func:`load` read.
+
+    One whose initialisation rewrote the base (PiSSA, OLoRA) is written as a plain LoRA of twice the rank for
+    the base as it was. Methods that PEFT does not have are for :func:`load` alone.
 
     Args:
         model: a patched model.
@@ -53,10 +57,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     state = require_state(model, "save")
     name = _adapter_to_save(model, state, name)
     path = Path(folder)
-    parameters = peft_format.file_parameters(model, state, name)
-    tensors = {key: sharding.whole(parameter) for key, parameter in parameters.items()}
+    live = peft_format.file_tensors(model, state, name)
+    tensors = {key: sharding.whole(tensor) for key, tensor in live.items()}
+    tensors = method_of(state.configs[name]).in_file(model, name, tensors)
     config = json.dumps(peft_format.to_peft_config(model, state, name), indent=2) + "\n"
-    if not sharding.is_sharded(parameters.values()):
+    if not sharding.is_sharded(live.values()):
         folder_files.write(path, tensors, config)
     elif error := sharding.on_first_rank(lambda: folder_files.write(path, tensors, config)):
         raise CheckpointError(error)
@@ -87,26 +92,25 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
         raise CheckpointError(f"load: expected a torch.nn.Module, got {type(model).__name__}")
     path = Path(folder)
     config = folder_files.read_config(path)
-    lora = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
+    method, ours = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
     tensors = _read_weights(path)
-    _compare_ranks(path, lora, tensors)
+    method.check_file(path, ours, tensors)
     found = find_state(model)
     patched_here, added_here = found is None, found is not None and name not in found.configs
     try:
         if patched_here:
-            apply_patch(model, lora, name, allow_unmatched=True)
+            apply_patch(model, ours, name, allow_unmatched=True)
         elif added_here:
-            add_adapter(model, name, lora, allow_unmatched=True)
+            add_adapter(model, name, ours, allow_unmatched=True)
     except (PatchError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit this model{_bases(model, config)}: {error}") from error
     state = require_state(model, "load")
     try:
         if not patched_here and not added_here:
-            reference = {p: layer.specs[name] for p, layer in adapter_layers(model) if name in layer.specs}
-            _compare_specs(path, reference, lora)
-        parameters = peft_format.file_parameters(model, state, name)
-        tensors = _without_base_copies(model, parameters, tensors)
-        _compare_tensors(path, parameters, tensors, _bases(model, config))
+            _compare_configs(path, model, state, name, ours)
+        live = peft_format.file_tensors(model, state, name)
+        tensors = _without_base_copies(model, live, tensors)
+        _compare_tensors(path, live, tensors, _bases(model, config))
     except CheckpointError:
         if patched_here:
             unpatch(model)
@@ -114,8 +118,8 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
             remove_adapter(model, name)
         raise
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            sharding.copy_into(parameter, tensors[key])
+        for key, tensor in live.items():
+            sharding.copy_into(tensor, tensors[key])
     _warn_of_other_base(path, model, config)
     return model
 
@@ -140,9 +144,16 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
     _adapter_to_save(model, state, name)
     path = Path(folder)
     config = folder_files.read_config(path)
-    theirs = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
+    _, theirs = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
+    if not isinstance(state.configs[name], LoRA) or not isinstance(theirs, LoRA):
+        raise CheckpointError(
+            f"hotswap takes a LoRA for a LoRA: {name!r} is {type(state.configs[name]).__name__}, "
+            f"{path} holds {type(theirs).__name__}"
+        )
+    if is_rewritten(model) or theirs.rewrites_base:
+        raise CheckpointError(f"hotswap: {name!r} or {path} is for a rewritten base (PiSSA, OLoRA)")
     tensors = _read_weights(path)
-    parameters = peft_format.file_parameters(model, state, name)
+    parameters = peft_format.file_tensors(model, state, name)
     tensors = _without_base_copies(model, parameters, tensors)
     prepared: dict[str, Tensor] = {}
     for module, layer in adapter_layers(model):
@@ -157,7 +168,7 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
             )
         ratio = theirs.scaling_of(module) / spec.scaling
         for key, parameter in parameters.items():
-            if key.startswith(f"{peft_format.PREFIX}{module}.lora_") and key in tensors:
+            if key.startswith(f"{PREFIX}{module}.lora_") and key in tensors:
                 prepared[key] = _padded(tensors[key], parameter, key, ratio)
     _compare_tensors(path, parameters, {**tensors, **prepared}, _bases(model, config))
     with torch.no_grad():
@@ -176,6 +187,8 @@ def _padded(tensor: Tensor, like: Tensor, key: str, ratio: float) -> Tensor:
 
 
 def _adapter_to_save(model: nn.Module, state: PatchState, name: str | None) -> str:
+    if name is None and not method_of(state.configs[state.owner]).has_names:
+        return state.owner
     if name is None:
         active = active_adapters(model)
         if len(active) != 1:
@@ -201,44 +214,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _compare_ranks(path: Path, lora: LoRA, tensors: Mapping[str, Tensor]) -> None:
-    """Before anything is allocated: the ranks that the configuration declares are those of the file."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        for end in (".lora_A.weight", ".lora_embedding_A"):
-            if key.endswith(end) and tensor.dim() == 2:
-                ranks[key.removeprefix(peft_format.PREFIX).removesuffix(end)] = tensor.shape[0]
-    if not ranks:
-        raise CheckpointError(f"{path / WEIGHTS_NAME}: holds no lora_A")
-    declared = {module: lora.rank_of(module) for module in ranks}
-    if wrong := [m for m in ranks if declared[m] != ranks[m]]:
-        raise CheckpointError(
-            f"{path}: {CONFIG_NAME} and {WEIGHTS_NAME} do not belong together:\n  "
-            + _lines([f"{m}: declared r={declared[m]}, the file's lora_A has {ranks[m]} rows" for m in wrong])
-        )
-    most = max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
-    if most > max(*ranks.values(), _LARGEST_UNUSED_RANK):
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: r={most}, but the file's ranks end at {max(ranks.values())}"
-        )
-
-
-def _compare_specs(path: Path, ours: Mapping[str, AdapterSpec], theirs: LoRA) -> None:
-    differences = []
-    for module, spec in ours.items():
-        expected = (spec.r, spec.scaling, spec.use_dora)
-        found = (theirs.rank_of(module), theirs.scaling_of(module), theirs.use_dora)
-        if expected != found:
-            differences.append(
-                f"{module}: the model has r={expected[0]}, scaling={expected[1]:g}, use_dora={expected[2]}; "
-                f"the folder has r={found[0]}, scaling={found[1]:g}, use_dora={found[2]}"
-            )
-    if differences:
-        raise CheckpointError(f"{path} does not fit the patched model:\n  " + _lines(differences))
+def _compare_configs(path: Path, model: nn.Module, state: PatchState, name: str, theirs: object) -> None:
+    ours = state.configs[name]
+    if type(ours) is not type(theirs):
+        lines = [f"{name!r} is {type(ours).__name__}, the folder holds {type(theirs).__name__}"]
+    else:
+        lines = method_of(ours).differences(model, name, theirs)
+    if lines:
+        raise CheckpointError(f"{path} does not fit the patched model:\n  " + shown_lines(lines))
 
 
 def _compare_tensors(
-    path: Path, expected: Mapping[str, nn.Parameter], found: Mapping[str, Tensor], bases: str
+    path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], bases: str
 ) -> None:
     differences = [
         f"{key}: expected shape {list(expected[key].shape)}, got {list(found[key].shape)}"
@@ -249,26 +236,21 @@ def _compare_tensors(
     differences += [f"{key}: in the file, not in the model" for key in found.keys() - expected.keys()]
     if differences:
         file = path / WEIGHTS_NAME
-        raise CheckpointError(f"{file} does not fit the model{bases}:\n  " + _lines(sorted(differences)))
+        raise CheckpointError(f"{file} does not fit the model{bases}:\n  " + shown_lines(sorted(differences)))
 
 
 def _without_base_copies(
-    model: nn.Module, expected: Mapping[str, nn.Parameter], found: dict[str, Tensor]
+    model: nn.Module, expected: Mapping[str, Tensor], found: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Leave out what PEFT saves of the base beside an adapted embedding, where it is what the model has."""
     base = dict(model.named_parameters(remove_duplicate=False))
 
     def is_copy(key: str, tensor: Tensor) -> bool:
-        name = key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         own = base.get(name)
         return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
     return {key: t for key, t in found.items() if key in expected or not is_copy(key, t)}
-
-
-def _lines(differences: list[str], shown: int = 12) -> str:
-    more = [f"... and {len(differences) - shown} more"] if len(differences) > shown else []
-    return "\n  ".join(differences[:shown] + more)
 
 
 def _bases(model: nn.Module, config: Mapping[str, object]) -> str:

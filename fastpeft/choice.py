@@ -1,7 +1,8 @@
 """Which of an op's implementations runs on a GPU: timed once on the device, remembered in a file.
 
 An op offers candidates, the default first: ``aten`` (cuBLAS and a fused expand-and-scale kernel), ``split``
-(the Triton kernels), ``tma`` (the same with TMA loads), ``single`` (one kernel). No model of a GPU ranks them
+(the Triton kernels), ``tma`` (the same with TMA loads), ``single`` (one kernel), ``decode`` (one kernel for a
+few tokens), ``layers`` (a block's linears one by one, each as chosen for it). No model of a GPU ranks them
 reliably, so :func:`choose` times them at the first call for an (op, device, shape bucket, dtype, rank
 bucket); later calls find the winner in a dict.
 
@@ -25,7 +26,7 @@ import torch
 from fastpeft.choice_file import ChoiceFile
 from fastpeft.errors import ConfigError
 
-Mode = Literal["auto", "off", "aten", "split", "single", "tma"]
+Mode = Literal["auto", "off", "aten", "split", "single", "tma", "layers", "decode"]
 Timer = Callable[[Mapping[str, Callable[[], Any]], torch.device], dict[str, float]]
 ENVIRONMENT_VARIABLE = "FASTPEFT_CHOICE"
 MIN_RANK = 16  # what the kernels pad a rank to

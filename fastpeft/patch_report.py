@@ -27,7 +27,7 @@ class PatchReport:
     """Everything :func:`fastpeft.patch` did to one model, and what runs it; ``str()`` gives a line for each.
 
     Attributes:
-        modules: one entry per linear module, and per module trained whole.
+        modules: one entry per linear module, per module trained whole, and per bias that BitFit trains.
         trainable_parameters: elements that require gradients after the patch.
         total_parameters: elements of the model, the adapter's included.
         unmatched: entries of ``target_modules`` that named nothing (only where PEFT's rule allows it).
@@ -61,6 +61,8 @@ class PatchReport:
         counts = Counter(module.action for module in self.modules)
         share = 100.0 * self.trainable_parameters / max(self.total_parameters, 1)
         done = f"{counts['patched']} modules patched, {counts['skipped']} linears left as they were"
+        if not counts["patched"] and counts["trained"]:
+            done = f"{counts['trained']} modules train, in whole or in part"
         if counts["accelerated"] or counts["left to PEFT"]:
             done = f"{counts['accelerated']} PEFT modules accelerated, {counts['left to PEFT']} left to PEFT"
         line = (

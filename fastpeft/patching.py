@@ -1,7 +1,7 @@
 """Put adapters on a model in place, and take them off again.
 
-``patch`` first plans (everything that can fail fails here, with the model untouched), then builds the new
-modules, then swaps them in.
+``patch`` first plans (everything that can fail fails here, with the model untouched: new modules are built
+beside it), then swaps them in. What is a method's own is in :mod:`fastpeft.methods`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastpeft import backend as backends
 from fastpeft.blocks.install import described, fuse_blocks, release_blocks
 from fastpeft.choice import choices
-from fastpeft.config import LoRA, as_lora
 from fastpeft.errors import BackendError, PatchError
 from fastpeft.in_place import install
-from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
-from fastpeft.layers.kinds import adapter_class
+from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.methods.linears import adapter_layers
+from fastpeft.methods.method import Plan
+from fastpeft.methods.registry import as_config, is_ours, method_of
 from fastpeft.patch_report import ModuleReport, PatchReport
 from fastpeft.state import PatchState, find_state, require_state, store_state
-from fastpeft.targets import Selection, listed, select, trains_whole
+from fastpeft.targets import listed, trains_whole
 
 logger = logging.getLogger("fastpeft")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -> ModelT:
-    """Put a LoRA or DoRA adapter on the model's linear layers, in place, and freeze everything else.
+    """Put adapters on the model, in place, and freeze everything else.
 
     A model that already holds PEFT's LoRA layers (a ``PeftModel``, ``inject_adapter_in_model``'s or
     transformers' ``add_adapter``'s) is accelerated in place instead: its modules, Parameters, state_dict keys
@@ -41,8 +42,9 @@ def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -
     Args:
         model: any ``nn.Module``, usually a transformers model. Its linears keep their weights (the same
             Parameter objects, tied ones stay tied); their modules are replaced by drop-in ones.
-        config: a :class:`fastpeft.LoRA`, a ``peft.LoraConfig``, or None for LoRA with r=16 on every linear
-            inside the repeated blocks. None for a model with PEFT's layers.
+        config: a :class:`fastpeft.LoRA` or another method's configuration, PEFT's counterpart of one
+            (``peft.LoraConfig``), or None for LoRA with r=16 on every linear inside the repeated blocks. None
+            for a model with PEFT's layers.
         adapter_name: the adapter's name in the model's state_dict; files do not hold it.
 
     Returns:
@@ -57,11 +59,12 @@ def patch(model: ModelT, config: Any = None, *, adapter_name: str = "default") -
     if isinstance(model, nn.Module) and install.is_peft(model):
         return _accelerate(model, config)
     # PEFT users list the names of several model families at once: for them one match is enough.
-    allow_unmatched = config is not None and not isinstance(config, LoRA)
-    lora = as_lora(config)
-    if allow_unmatched and lora.target_modules is None and (names := _pefts_default(model)):
-        lora = dataclasses.replace(lora, target_modules=names)
-    return apply_patch(model, lora, adapter_name, allow_unmatched=allow_unmatched)
+    allow_unmatched = config is not None and not is_ours(config)
+    ours = as_config(config)
+    table = method_of(ours).pefts_targets
+    if allow_unmatched and table and ours.target_modules is None:
+        ours = dataclasses.replace(ours, target_modules=_pefts_default(model, table))
+    return apply_patch(model, ours, adapter_name, allow_unmatched=allow_unmatched)
 
 
 def _accelerate(model: ModelT, config: Any) -> ModelT:
@@ -78,8 +81,8 @@ def _accelerate(model: ModelT, config: Any) -> ModelT:
     return model
 
 
-def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
-    """:func:`patch`, with the choice whether an entry of ``target_modules`` may match nothing."""
+def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
+    """:func:`patch`, with the choice whether an entry of the configuration may match nothing."""
     if not isinstance(model, nn.Module):
         raise PatchError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
     if not adapter_name or "." in adapter_name:
@@ -87,21 +90,68 @@ def apply_patch(model: ModelT, config: LoRA, adapter_name: str, *, allow_unmatch
     if (state := find_state(model)) is not None:
         if state.configs.get(adapter_name) == config:
             return model
+        beside = "call fastpeft.add_adapter(model, name, config) for another beside it, or "
         raise PatchError(
             f"this {type(model).__name__} is already patched with {state.configs[state.owner]} as "
-            f"{state.owner!r}; call fastpeft.add_adapter(model, name, config) for another beside "
-            "it, or fastpeft.unpatch(model) first"
+            f"{state.owner!r}; {beside if method_of(config).has_names else ''}fastpeft.unpatch(model) first"
         )
     _refuse_foreign_adapters(model)
-    selection = select(model, config, allow_unmatched=allow_unmatched)
+    plan = method_of(config).plan(model, config, adapter_name, allow_unmatched=allow_unmatched)
     saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
-    replacements = build_layers(selection.targets, config, adapter_name)
-    for layer in replacements.values():
-        layer.active_adapters = (adapter_name,)
     trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
-    _swap_in(model, config, adapter_name, selection, replacements, trained)
+    _carry_out(model, config, adapter_name, plan, trained)
     logger.info("fastpeft: %s", report(model).summary())
     return model
+
+
+def _carry_out(
+    model: nn.Module, config: Any, adapter_name: str, plan: Plan, trained: dict[str, nn.Module]
+) -> None:
+    """Do what was planned; ``trained`` are the copies of modules that train whole."""
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    replacements = {**plan.replacements, **trained}
+    originals = {path: model.get_submodule(path) for path in replacements}
+    witness = next((n for n, p in model.named_parameters() if not _is_inside(n, trained)), "")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, module in replacements.items():
+        set_submodule(model, path, module)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained_values = {}
+    for name in plan.trained:
+        trained_values[name] = parameters[name].detach().clone()
+        parameters[name].requires_grad_(True)
+    state = PatchState(
+        configs={adapter_name: config},
+        owner=adapter_name,
+        originals=originals,
+        requires_grad=requires_grad,
+        witness=(witness, parameters[witness].dtype) if witness else ("", torch.float32),
+        trained_values=trained_values,
+        saved_modules=tuple(trained),
+        report=PatchReport((), 0, 0),
+    )
+    store_state(model, state)
+    try:
+        plan.finish()
+    except BaseException:
+        unpatch(model)
+        raise
+    everything = list(model.parameters())
+    whole = (
+        ModuleReport(path, "trained", f"{type(module).__name__}, whole (modules_to_save)")
+        for path, module in trained.items()
+    )
+    state.report = PatchReport(
+        modules=(*plan.reports, *whole),
+        trainable_parameters=sum(p.numel() for p in everything if p.requires_grad),
+        total_parameters=sum(p.numel() for p in everything),
+        unmatched=plan.unmatched,
+    )
+
+
+def _is_inside(name: str, paths: Mapping[str, object]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def unpatch(model: ModelT) -> ModelT:
@@ -121,15 +171,9 @@ def unpatch(model: ModelT) -> ModelT:
     gone = [name for name in [*state.requires_grad, *state.trained_values] if name not in present]
     if gone:
         raise PatchError(f"unpatch: the model lost parameters that it had at the patch: {listed(gone)}")
-    first_layer = next(layer for _, layer in adapter_layers(model))
-    cast = first_layer.weight.dtype is not state.base_dtype
-    for path, layer in adapter_layers(model):
-        if layer.merged_adapters and layer._unmerged is None:
-            raise PatchError(f"unpatch: {path} was merged with keep_base=False, its base weight is gone")
-    for _, layer in adapter_layers(model):
-        if layer.merged_adapters:
-            layer.unmerge()
-    release_blocks(model)
+    witness, dtype = state.witness
+    cast = bool(witness) and present[witness].dtype is not dtype
+    method_of(state.configs[state.owner]).detach(model)
     for path, original in state.originals.items():
         _bring_up_to_date(original, model.get_submodule(path), cast=cast)
         set_submodule(model, path, original)
@@ -169,17 +213,14 @@ def _blocks_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def _backend_of(model: nn.Module) -> str:
-    _, layer = next(adapter_layers(model))
+    _, layer = next(adapter_layers(model), ("", None))
+    if layer is None:
+        return ""  # nothing of ours to run
     try:
         name = backends.resolve(layer.weight, op="report")
     except BackendError as error:
         return f"{backends.get_backend()}, which cannot run: {error}"
     return f"{name} on {layer.weight.device}"
-
-
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterMixin]]:
-    """Yield (path, module) of every patched layer, each once, in the model's order."""
-    return ((path, m) for path, m in model.named_modules() if isinstance(m, AdapterMixin))
 
 
 def _refuse_foreign_adapters(model: nn.Module) -> None:
@@ -199,18 +240,18 @@ def _refuse_foreign_adapters(model: nn.Module) -> None:
             )
 
 
-def _pefts_default(model: nn.Module) -> tuple[str, ...] | None:
+def _pefts_default(model: nn.Module, table: str) -> tuple[str, ...] | None:
     """Return the names that PEFT takes where its configuration has none: its table by model type."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+        from peft import utils
     except ImportError:  # its configuration came as something that only looks like PEFT's
         return None
-    names = TABLE.get(kind)
+    names = getattr(utils, table, {}).get(kind)
     return None if names is None else tuple(names)
 
 
-def _modules_to_save(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> dict[str, nn.Module]:
+def _modules_to_save(model: nn.Module, config: Any, *, allow_unmatched: bool) -> dict[str, nn.Module]:
     """Return the outermost modules that ``modules_to_save`` names, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -227,104 +268,6 @@ def _modules_to_save(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -
                     f"modules_to_save: {path}.{name} is {parameter.dtype}, expected a floating-point type"
                 )
     return found
-
-
-def build_layers(
-    targets: Mapping[str, nn.Module], config: LoRA, adapter_name: str
-) -> dict[str, AdapterMixin]:
-    """Return the replacement of every target, with the adapter; one that several paths share is made once."""
-    by_identity: dict[int, AdapterMixin] = {}
-    replacements: dict[str, AdapterMixin] = {}
-    for path, module in targets.items():
-        if id(module) not in by_identity:
-            kind = adapter_class(module)
-            assert kind is not None, path  # select() has checked it
-            layer = kind.__new__(kind)
-            layer.adopt(module)
-            layer.add_adapter(adapter_name, spec_for(config, path))
-            by_identity[id(module)] = layer
-        replacements[path] = by_identity[id(module)]
-    return replacements
-
-
-def spec_for(config: LoRA, path: str) -> AdapterSpec:
-    """Return one module's share of a configuration."""
-    return AdapterSpec(
-        r=config.rank_of(path),
-        scaling=config.scaling_of(path),
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        dropout_on_base=config.dora_dropout == "base_and_adapter",
-        init_lora_weights=config.init_lora_weights,
-    )
-
-
-def _swap_in(
-    model: nn.Module,
-    config: LoRA,
-    adapter_name: str,
-    selection: Selection,
-    replacements: dict[str, AdapterMixin],
-    trained: dict[str, nn.Module],
-) -> None:
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    originals = {path: model.get_submodule(path) for path in [*replacements, *trained]}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for path, module in [*replacements.items(), *trained.items()]:
-        set_submodule(model, path, module)
-    biases = dict(_trained_biases(model, config))
-    for bias in biases.values():
-        bias.requires_grad_(True)
-    parameters = list(model.parameters())
-    state = PatchState(
-        configs={adapter_name: config},
-        owner=adapter_name,
-        originals=originals,
-        requires_grad=requires_grad,
-        base_dtype=next(iter(replacements.values())).weight.dtype,
-        trained_values={name: bias.detach().clone() for name, bias in biases.items()},
-        saved_modules=tuple(trained),
-        report=PatchReport(
-            modules=tuple(_module_reports(model, selection, replacements, trained)),
-            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-            total_parameters=sum(p.numel() for p in parameters),
-            unmatched=selection.unmatched,
-        ),
-    )
-    store_state(model, state)
-    fuse_blocks(model)
-
-
-def _trained_biases(model: nn.Module, config: LoRA) -> Iterator[tuple[str, Tensor]]:
-    """Yield (qualified name, Parameter) of the base's biases that the configuration trains."""
-    if config.bias == "all":
-        named = model.named_parameters(remove_duplicate=False)  # PEFT's files hold a tied one twice
-        yield from ((n, p) for n, p in named if n.rpartition(".")[2] == "bias")
-    elif config.bias == "lora_only":
-        yield from ((f"{n}.bias", m.bias) for n, m in adapter_layers(model) if m.bias is not None)
-
-
-def _module_reports(
-    model: nn.Module,
-    selection: Selection,
-    replacements: dict[str, AdapterMixin],
-    trained: dict[str, nn.Module],
-) -> Iterator[ModuleReport]:
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(path)
-    for path, layer in replacements.items():
-        tied = [other for other in owners[id(layer.weight)] if other not in replacements]
-        detail = layer.adapter_repr() + (f", weight tied to {listed(tied)}" if tied else "")
-        yield ModuleReport(path, "patched", detail)
-    for path, module in trained.items():
-        yield ModuleReport(path, "trained", f"{type(module).__name__}, whole (modules_to_save)")
-    for path, reason in selection.skipped.items():
-        if path not in trained:
-            yield ModuleReport(path, "skipped", reason)
 
 
 def _bring_up_to_date(original: nn.Module, current: nn.Module, *, cast: bool) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastpeft.config import LoRA
 from fastpeft.errors import PatchError
 from fastpeft.patch_report import PatchReport
 
@@ -23,17 +23,18 @@ class PatchState:
         owner: the adapter that the model was patched with: biases and modules that train whole are its.
         originals: replaced modules by path; a module shared by several paths stands under each.
         requires_grad: the flag of every base Parameter before the patch, by qualified name.
-        base_dtype: dtype of the first patched weight at the patch, to tell a later cast of the whole model.
+        witness: name and dtype at the patch of a base Parameter that stays in the model, to tell a later cast
+            of the whole model.
         trained_values: the values, before training, of base Parameters that train in place (biases), by name.
         saved_modules: paths of the modules that train whole (``modules_to_save``).
         report: what was done to every module.
     """
 
-    configs: dict[str, LoRA]
+    configs: dict[str, Any]
     owner: str
     originals: dict[str, nn.Module]
     requires_grad: dict[str, bool]
-    base_dtype: torch.dtype
+    witness: tuple[str, torch.dtype]
     trained_values: dict[str, Tensor]
     saved_modules: tuple[str, ...]
     report: PatchReport = field(repr=False)

@@ -6,18 +6,38 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from fastpeft.blocks.source import weights_read
-from fastpeft.config import ALL_LINEAR, LoRA
 from fastpeft.errors import PatchError
+from fastpeft.fields import ALL_LINEAR
 from fastpeft.layers.kinds import adapter_class, is_linear_like
 
 _MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")  # PEFT refuses out_proj for these
 _PACKED = ("Params4bit", "Int8Params")  # bitsandbytes': integers that stand for a 2-D matrix
 _SHOWN = 8  # names listed in an error before "and N more"
+
+
+class Targets(Protocol):
+    """What a configuration says of modules."""
+
+    @property
+    def target_modules(self) -> tuple[str, ...] | str | None:
+        """Names or dotted suffixes, one regular expression, ``"all-linear"``, or None."""
+
+    @property
+    def exclude_modules(self) -> tuple[str, ...] | str | None:
+        """Names, suffixes or one regular expression, taken out again."""
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """Modules that train whole."""
+
+    @property
+    def layers_to_transform(self) -> tuple[int, ...] | None:
+        """Indices of the blocks; None for all."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class Selection:
     unmatched: tuple[str, ...]
 
 
-def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selection:
+def select(model: nn.Module, config: Targets, *, allow_unmatched: bool) -> Selection:
     """Return the modules of ``model`` that ``config`` targets.
 
     Args:
@@ -49,7 +69,7 @@ def select(model: nn.Module, config: LoRA, *, allow_unmatched: bool) -> Selectio
     wanted = _explicit(modules, config) if explicit else _implicit(model, modules, blocks, config, skipped)
     for path in wanted:
         module = modules[path]
-        if (reason := _left_out(path, blocks, config)) is not None:
+        if (reason := left_out(path, blocks, config)) is not None:
             skipped[path] = reason
         elif (problem := unpatchable(module)) is None:
             targets[path] = module
@@ -94,9 +114,9 @@ def _is_stack(container: nn.ModuleList | nn.Sequential) -> bool:
     return len({type(child) for child in container}) == 1 and any(with_linears)
 
 
-def trains_whole(path: str, config: LoRA) -> bool:
+def trains_whole(path: str, config: Targets) -> bool:
     """PEFT's rule for ``modules_to_save``: the path ends so, be it inside a name."""
-    return path.endswith(config.modules_to_save) if config.modules_to_save else False
+    return path.endswith(config.modules_to_save)
 
 
 def match_names(names: Iterable[str], path: str) -> bool:
@@ -104,7 +124,8 @@ def match_names(names: Iterable[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _matches(selector: Sequence[str] | str | None, path: str) -> bool:
+def matches(selector: Sequence[str] | str | None, path: str) -> bool:
+    """Whether a selector, names or a regular expression, means a path."""
     if selector is None:
         return False
     if isinstance(selector, str):
@@ -112,21 +133,21 @@ def _matches(selector: Sequence[str] | str | None, path: str) -> bool:
     return match_names(selector, path)
 
 
-def _explicit(modules: dict[str, nn.Module], config: LoRA) -> list[str]:
+def _explicit(modules: dict[str, nn.Module], config: Targets) -> list[str]:
     # A regular expression names what it can reach; containers that it also happens to match are not meant.
     def meant(path: str, module: nn.Module) -> bool:
         if isinstance(config.target_modules, str):
             return is_linear_like(module) or not any(True for _ in module.children())
         return True
 
-    return [p for p, m in modules.items() if p and _matches(config.target_modules, p) and meant(p, m)]
+    return [p for p, m in modules.items() if p and matches(config.target_modules, p) and meant(p, m)]
 
 
 def _implicit(
     model: nn.Module,
     modules: dict[str, nn.Module],
     blocks: dict[str, int],
-    config: LoRA,
+    config: Targets,
     skipped: dict[str, str],
 ) -> list[str]:
     linears = [path for path, module in modules.items() if path and is_linear_like(module)]
@@ -157,8 +178,12 @@ def _is_read(parent: nn.Module, name: str) -> bool:
     return name in weights_read(kind)
 
 
-def _left_out(path: str, blocks: dict[str, int], config: LoRA) -> str | None:
-    if _matches(config.exclude_modules, path):
+def left_out(path: str, blocks: dict[str, int], config: Targets) -> str | None:
+    """Return why a module is left out though it is targeted, or None; ``blocks`` is path to index.
+
+    It is one of the repeated blocks' that count for ``layers_to_transform``.
+    """
+    if matches(config.exclude_modules, path):
         return "in exclude_modules"
     if any(trains_whole(prefix, config) for prefix in _prefixes(path)):
         return "in modules_to_save"
@@ -195,10 +220,10 @@ def unpatchable(module: nn.Module) -> str | None:
     return None
 
 
-def _unmatched(modules: dict[str, nn.Module], config: LoRA) -> tuple[str, ...]:
+def _unmatched(modules: dict[str, nn.Module], config: Targets) -> tuple[str, ...]:
     selector = config.target_modules
     if isinstance(selector, str):
-        return () if any(_matches(selector, path) for path in modules) else (selector,)
+        return () if any(matches(selector, path) for path in modules) else (selector,)
     return tuple(name for name in selector or () if not any(match_names((name,), path) for path in modules))
 
 
@@ -206,6 +231,12 @@ def listed(names: Sequence[str]) -> str:
     """Return a comma-separated list, cut after a few with a count of the rest."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def shown_lines(lines: Sequence[str], shown: int = 12) -> str:
+    """Return indented lines, cut after a few with a count of the rest."""
+    more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+    return "\n  ".join([*lines[:shown], *more])
 
 
 def _no_match_message(unmatched: Sequence[str], modules: dict[str, nn.Module]) -> str:
@@ -218,7 +249,7 @@ def _no_match_message(unmatched: Sequence[str], modules: dict[str, nn.Module]) -
     )
 
 
-def _nothing_message(model: nn.Module, config: LoRA, skipped: dict[str, str]) -> str:
+def _nothing_message(model: nn.Module, config: Targets, skipped: dict[str, str]) -> str:
     kind = type(model).__name__
     if config.target_modules is None and not skipped:
         return (

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fastpeft
-from fastpeft.patching import adapter_layers
+from fastpeft.methods.linears import adapter_layers
 from tests.models import gpt2, llama, tokens
 
 FIRST = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}

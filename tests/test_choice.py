@@ -99,7 +99,10 @@ def test_modes(mode):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("fast", "expected one of auto, off, aten, split, single, tma, got 'fast'"), ("", "got ''")],
+    [
+        ("fast", "expected one of auto, off, aten, split, single, tma, layers, decode, got 'fast'"),
+        ("", "got ''"),
+    ],
 )
 def test_an_unknown_mode_is_refused(name, said):
     with pytest.raises(fastpeft.ConfigError, match=f"FASTPEFT_CHOICE: .*{said}"):

@@ -268,3 +268,47 @@ def check_one_line(printed: str, message: str) -> None:
     assert message in printed
     assert printed.startswith("finetune.py: ")
     assert printed.count("\n") == 1
+
+
+@pytest.fixture
+def comparison(model_folder, text, tmp_path):
+    return [
+        *("--model", str(model_folder), "--text", str(text), "--out", str(tmp_path / "compare")),
+        *("--cache", str(tmp_path / "cache"), "--dtype", "fp32", "--batch", "2", "--sequence", "17"),
+        *("--steps", "6", "--tuning-steps", "2", "--seeds", "2"),
+    ]
+
+
+def test_methods_are_compared_and_a_stopped_comparison_goes_on(comparison, tmp_path, capsys, monkeypatch):
+    compare = importlib.import_module("compare")
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    assert compare.main(comparison) == 0
+    file = tmp_path / "compare" / "compare.json"
+    found = json.loads(file.read_text())
+    assert set(found["runs"]) == set(compare.METHODS)
+    for name, runs in found["runs"].items():
+        assert set(runs) == {"0", "1"}
+        assert f"{found['rate'][name]:g}" in found["tuning"][name]
+        for run in runs.values():
+            assert run["equal_steps"] < found["before"]
+            assert run["steps"] >= 6
+            assert (run["equal_time"] == run["equal_steps"]) == (run["steps"] == 6)
+    # What only active layers cost, of the same model.
+    full, lisa, badam, lora = (found["runs"][n]["0"]["memory"] for n in ("full", "lisa", "badam", "lora"))
+    assert full["moments"] == 2 * full["weights"] == 2 * full["gradients"]
+    assert badam["moments"] < lisa["moments"] <= full["moments"]
+    assert lora["weights"] > full["weights"]
+    assert (tmp_path / "compare" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert all(name in table for name in compare.METHODS)
+
+    def must_not(*_):
+        raise AssertionError("done already")
+
+    for step in ("tune", "timed", "trained"):
+        monkeypatch.setattr(compare, step, must_not)
+    assert compare.main(comparison) == 0
+    assert json.loads(file.read_text()) == found
+    assert compare.main([*comparison, "--steps", "7"]) == 2
+    assert "made with other settings" in capsys.readouterr().err
+    assert compare.main([*comparison, "--steps", "0"]) == 2

@@ -172,7 +172,7 @@ def test_configurations_that_are_none(folder, text, said):
         ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": {"a": [[]]}}, "expected a list of module names"),
         ({"rank_pattern": [1]}, "rank_pattern"),
-        ({"peft_type": "EVIL"}, "expected a peft.LoraConfig"),
+        ({"peft_type": "EVIL"}, "expected a peft_type of LORA"),
         ({"auto_mapping": {"base_model_class": "os.system"}, "r": 3}, "declared r=3"),
     ],
     ids=str,

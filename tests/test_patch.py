@@ -420,7 +420,7 @@ def test_a_subclass_keeps_its_own_forward_as_under_peft(use_dora, tmp_path):
 def test_other_wrong_arguments():
     with pytest.raises(fastpeft.PatchError, match=r"expected a torch.nn.Module, got str"):
         fastpeft.patch("model")
-    with pytest.raises(fastpeft.ConfigError, match=r"expected fastpeft.LoRA or peft.LoraConfig, got dict"):
+    with pytest.raises(fastpeft.ConfigError, match=r"expected fastpeft.LoRA.*, got dict"):
         fastpeft.patch(llama(), {"r": 8})
     with pytest.raises(fastpeft.PatchError, match="without dots"):
         fastpeft.patch(llama(), adapter_name="a.b")

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+from bench.options import Parser
 
 from .families import FAMILIES
 from .machine_code import Measured, compile_launch, faults
@@ -59,15 +61,36 @@ class Worker:
         return self.pool.submit(compile_launch, item)
 
 
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Each one that is compiled once, with the rows of all its equals."""
+    found: dict[tuple[object, ...], Launch] = {}
+    for item in launches:
+        known = found.setdefault(item.identity(), item)
+        if not item.rows <= known.rows:
+            found[item.identity()] = replace(known, rows=known.rows | item.rows)
+    return list(found.values())
+
+
 def heaviest(launches: Sequence[Launch]) -> list[Launch]:
-    """Those that no other one covers (:meth:`Launch.covers`), in their order."""
+    """Those that no other one covers (:meth:`Launch.covers`), and of every row its widest tile; in order."""
     groups: dict[object, list[Launch]] = {}
     for item in launches:
         kept = groups.setdefault(item.group(), [])
         if not any(other.covers(item) for other in kept):
             kept[:] = [other for other in kept if not item.covers(other)] + [item]
-    chosen = {id(item) for kept in groups.values() for item in kept}
-    return [item for item in launches if id(item) in chosen]
+    chosen = [item for kept in groups.values() for item in kept]
+    tiles = {item.tile() for item in chosen}
+    for row in sorted({(item.target, row) for item in launches for row in item.rows}):
+        of_row = [item for item in launches if item.target == row[0] and row[1] in item.rows]
+        widest = max(map(Launch.rank_tile, of_row))
+        of_row = [item for item in of_row if item.rank_tile() == widest]
+        if tiles.isdisjoint(item.tile() for item in of_row):
+            # A row that differs from another one in its rank tile alone is compiled with its own.
+            most = next(a for a in of_row if not any(b.covers(a) and not a.covers(b) for b in of_row))
+            chosen.append(most)
+            tiles.add(most.tile())
+    places = {id(item) for item in chosen}
+    return [item for item in launches if id(item) in places]
 
 
 def row_text(item: Launch, measured: Measured) -> str:
@@ -96,15 +119,15 @@ def summary(results: list[tuple[Launch, Measured]]) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of this suite."""
-    result = argparse.ArgumentParser(
-        prog="python -m bench codegen",
-        description="Compile every shipped kernel configuration, without a GPU, and read the machine code.",
+    result = Parser(
+        "codegen", "Compile every shipped kernel configuration, without a GPU, and read the machine code."
     )
     families = [family.name for family in FAMILIES]
     result.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default all")
     result.add_argument("--family", action="append", choices=families, help="repeatable; default all")
     result.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; default all")
     result.add_argument("--quick", action="store_true", help="default cases only: what CI compiles")
+    result.add_argument("--list", action="store_true", help="say what would be compiled, and how many")
     result.add_argument("--every", action="store_true", help="those that a heavier one covers too")
     result.add_argument("--json", type=Path, metavar="PATH", help="also write every row here")
     result.add_argument("--workers", type=int, default=2, help="compiler processes (default 2)")
@@ -121,21 +144,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = [sys.executable, "-m", "bench.codegen", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(words, env=environment, check=False).returncode
 
-    launches: dict[tuple[object, ...], Launch] = {}
+    launches: list[Launch] = []
     problems: list[str] = [] if options.family else unclaimed()
     families = [family for family in FAMILIES if family.name in (options.family or [family.name])]
     for target in options.target or list(TARGETS):
         for family in (entry for entry in families if target in entry.targets):
             found = record(target, family, quick=options.quick)
-            wanted = [item for item in found.launches if item.kernel.name in (options.kernel or KERNELS)]
-            for item in wanted:
-                launches.setdefault(item.identity(), item)
+            launches += [item for item in found.launches if item.kernel.name in (options.kernel or KERNELS)]
             problems += unreached(target, family, found, quick=options.quick)
     targets = list(TARGETS)
-    selected = list(launches.values())
+    selected = distinct(launches)
     if not options.every and not options.quick:
         selected = heaviest(selected)
     ordered = sorted(selected, key=lambda item: (targets.index(item.target), item.kernel.name))
+    if options.list:
+        print(*(f"{item.target:8}{item.kernel.name:18}{item.label()}" for item in ordered), sep="\n")
+        print(*(f"FAULT {problem}" for problem in problems), sep="\n")
+        print(f"{len(ordered)} of {len(distinct(launches))} to compile, {len(problems)} faults")
+        return 1 if problems else 0
     print(
         f"{'target':8}{'kernel':16}{'configuration':52}{'regs':>5}{'spills':>8}{'shared':>15}  "
         f"{'tensor cores':18} {'whole':28} main loop"

@@ -14,7 +14,7 @@ from fastpeft_kernels.tile import KernelConfig, Table
 
 from .families import FAMILIES
 from .family import Case, Family, Kernel
-from .specialised import Launch, specialise
+from .specialised import Launch, Row, specialise
 
 UNITS = 132  # multiprocessors the launchers are told of; only decides how reductions are split
 
@@ -33,10 +33,15 @@ class WatchedRow(KernelConfig):
 
 @dataclass(kw_only=True, slots=True)
 class Recorded:
-    """Launches of some cases, and the rows `(table, key, index)` they took."""
+    """Launches of some cases, the rows they took, and those taken since the last launch."""
 
     launches: list[Launch] = field(default_factory=list)
-    rows: set[tuple[str, str, int]] = field(default_factory=set)
+    rows: set[Row] = field(default_factory=set)
+    pending: set[Row] = field(default_factory=set)
+
+    def take(self, row: Row) -> None:
+        self.rows.add(row)
+        self.pending.add(row)
 
 
 class Recorder:
@@ -83,9 +88,9 @@ def stand_ins(note: Callable[[Any, dict[str, Any], dict[str, Any]], None]) -> It
 def watched_tables(names: Sequence[str], found: Recorded) -> dict[str, Table]:
     """The named tables, with rows that note in `found` that they were launched."""
 
-    def watched(place: tuple[str, str, int], row: KernelConfig) -> WatchedRow:
+    def watched(place: Row, row: KernelConfig) -> WatchedRow:
         values = {entry.name: getattr(row, entry.name) for entry in fields(row)}
-        return WatchedRow(**values, launched=lambda: found.rows.add(place))
+        return WatchedRow(**values, launched=lambda: found.take(place))
 
     return {
         name: {
@@ -105,7 +110,10 @@ def record(target: str, family: Family, *, quick: bool) -> Recorded:
             continue
 
         def note(kernel: Any, bound: dict[str, Any], options: dict[str, Any], case: Case = case) -> None:
-            found.launches.append(specialise(target, case, known(kernel), kernel.params, bound, options))
+            rows = frozenset(found.pending)
+            found.pending.clear()
+            item = specialise(target, case, known(kernel), kernel.params, bound, options, rows)
+            found.launches.append(item)
 
         with (
             mock.patch.object(configs, "architecture", return_value=target),

@@ -23,6 +23,11 @@ TYPES = {
     torch.bool: "u1",
 }
 
+Row = tuple[str, str, int]
+"""Table, key and index of a row of the configuration tables."""
+
+RANK_AND_COUNT = ("R", "BLOCK_R", "R_TILES", "COUNT")
+
 Path = tuple[int, ...]
 """Place of an argument, and within it of an entry of a tuple."""
 
@@ -40,6 +45,10 @@ class Launch:
     constants: tuple[tuple[Path, Any], ...]
     attributes: tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]
+    zeros: tuple[Path, ...] = ()
+    """Run-time integers that are 0: the strides of operands that are not there."""
+    rows: frozenset[Row] = frozenset()
+    """The rows of the configuration tables that its launcher took for it."""
 
     def identity(self) -> tuple[object, ...]:
         return self.target, self.kernel, self.signature, self.constants, self.attributes, self.options
@@ -57,6 +66,13 @@ class Launch:
         """The tile of the rank; 0 in a kernel without one."""
         return int(self.named_constants().get("BLOCK_R", 0))
 
+    def tile(self) -> tuple[object, ...]:
+        """What a row decides: every tile, warps and stages, of this kernel on this target."""
+        blocks = sorted(
+            (name, value) for name, value in self.named_constants().items() if name.startswith("BLOCK_")
+        )
+        return *self.group(), *blocks
+
     def group(self) -> tuple[object, ...]:
         """What two launches must have in common for one to cover the other."""
         return self.target, self.kernel, self.options, self.aligned
@@ -64,24 +80,35 @@ class Launch:
     def covers(self, other: Launch) -> bool:
         """Whether its code holds at least what the code of `other`, of the same group, holds.
 
-        It is the same but for a wider tile of the rank, which is chosen at run time; for operands and
-        branches that `other` does without (a bias, dropout's mask, a row scale); for bf16 in place of fp16
-        and fp32 adapters, which are converted, in place of 16-bit ones; for hints.
+        It is the same but for a wider tile of the rank, which is chosen at run time, and a rank that leaves
+        part of a tile empty, so that it is masked; for operands and branches that `other` does without (a
+        bias, dropout's mask, a row scale) and their strides; for projections that `other` does without; for
+        bf16 in place of fp16 and fp32 adapters, which are converted, in place of 16-bit ones; for hints.
         """
-        if self.rank_tile() < other.rank_tile():
+        if self.rank_tile() < other.rank_tile() or other._masks_the_rank() > self._masks_the_rank():
             return False
-        ours, theirs = self._arguments(), other._arguments()
+        if self.named_constants().get("COUNT", 0) < other.named_constants().get("COUNT", 0):
+            return False
+        ours = self._arguments()
         converts = self.is_16_bit and other.is_16_bit
 
-        def held(value: Any, own: Any) -> bool:
+        def held(path: Path, value: Any) -> bool:
+            if value in (None, False) or path in other.zeros:
+                return True  # in place of None, ours may have a tuple
+            own = ours.get(path)
             same = value == own and type(value) is type(own)
-            return value in (None, False) or same or (converts and (value, own) == ("*bf16", "*fp32"))
+            return same or (converts and (value, own) == ("*bf16", "*fp32"))
 
-        return ours.keys() == theirs.keys() and all(held(value, ours[p]) for p, value in theirs.items())
+        return all(held(path, value) for path, value in other._arguments().items())
+
+    def _masks_the_rank(self) -> bool:
+        """Whether the rank, where it is known at compile time, is no multiple of its tile."""
+        r = self.named_constants().get("R")
+        return isinstance(r, int) and r % max(self.rank_tile(), 1) != 0
 
     def _arguments(self) -> dict[Path, Any]:
-        """Every argument's type (16-bit ones are one) or compile-time value, less the rank's tile."""
-        free = [index for index, (name, _) in enumerate(self.signature) if name in ("BLOCK_R", "R_TILES")]
+        """Every argument's type (16-bit ones are one) or compile-time value, less the rank and the count."""
+        free = [index for index, (name, _) in enumerate(self.signature) if name in RANK_AND_COUNT]
         values = dict(self.constants)
         found: dict[Path, Any] = {}
 
@@ -115,10 +142,12 @@ def specialise(
     params: Sequence[Any],
     bound: dict[str, Any],
     options: dict[str, Any],
+    rows: frozenset[Row] = frozenset(),
 ) -> Launch:
     """The launch of `kernel` with `bound` arguments; `params` are those of its `triton.jit` function."""
     constants: list[tuple[Path, Any]] = []
     attributes: list[tuple[Path, tuple[tuple[str, int], ...]]] = []
+    zeros: list[Path] = []
 
     def visit(path: Path, value: Any, constexpr: bool, free: bool) -> Any:
         if isinstance(value, tuple) and not constexpr:
@@ -126,6 +155,8 @@ def specialise(
         if constexpr or value is None or (type(value) is int and value == 1 and not free):
             constants.append((path, value))
             return "constexpr"
+        if type(value) is int and value == 0:
+            zeros.append(path)
         kind, hints = argument(TARGETS[target].backend, value)
         if hints and not free:
             attributes.append((path, hints))
@@ -145,6 +176,8 @@ def specialise(
         constants=tuple(constants),
         attributes=tuple(attributes),
         options=tuple(options.items()),
+        zeros=tuple(zeros),
+        rows=rows,
     )
 
 

@@ -1,27 +1,67 @@
-"""What every patched layer shares: adapter parameters by name, their initialisation, switching and merging.
+"""What every patched layer shares: adapter parameters by name, switching and merging.
 
 A layer keeps the base's own ``weight`` and ``bias`` Parameters under their own names, so the base model's
 state_dict keys, tied weights and code that reads ``layer.weight`` see no difference. Beside them it holds, by
-adapter name, ``lora_A[name] [r, in_features]``, ``lora_B[name] [out_features, r]`` and, for DoRA,
-``lora_magnitude_vector[name] [out_features]``, and ``lora_dropout[name]`` where it drops anything.
+adapter name, what an adapter's :class:`Spec` creates: for LoRA ``lora_A[name] [r, in_features]``,
+``lora_B[name] [out_features, r]`` and, for DoRA, ``lora_magnitude_vector[name] [out_features]``; and
+``lora_dropout[name]`` where it drops anything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import ConfigError
 from fastpeft.layers.adapted import Adapter
+from fastpeft.layers.initialise import base_factors, initialise
 from fastpeft.layers.merging import merged_weight
 from fastpeft.layers.norm_cache import NormCache
 from fastpeft.ops.probability import Probability, follow, probability_of
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
+
+# What a layer may hold for its adapters, each a ParameterDict by adapter name.
+_LORA = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+
+class Spec(Protocol):
+    """One module's share of a configuration: what its adapter is made of, and what that amounts to."""
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor on ``B A``."""
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether there is a magnitude."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The ParameterDicts of the layer that the adapter has an entry in."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Those of them that never train."""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The ModuleDicts of the layer that the adapter has an entry in, shared with other layers."""
+
+    def create(self, layer: AdapterMixin, name: str) -> None:
+        """Make and initialise the adapter's parameters."""
+
+    def adapter(self, layer: AdapterMixin, name: str) -> Adapter:
+        """Return the adapter as forward takes it."""
+
+    def __str__(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +73,79 @@ class AdapterSpec:
     lora_dropout: float
     use_dora: bool
     dropout_on_base: bool
-    init_lora_weights: bool | Literal["gaussian"]
+    init_lora_weights: bool | str
+    freeze_lora_A: bool
+
+    shared = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """A, B and, for DoRA, the magnitude."""
+        return _LORA if self.use_dora else _LORA[:2]
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """LoRA-FA's A."""
+        return ("lora_A",) if self.freeze_lora_A else ()
+
+    def create(self, layer: AdapterMixin, name: str) -> None:
+        """A and B as ``init_lora_weights`` says; the magnitude such that DoRA starts as LoRA does."""
+        weight = layer.weight_out_in()
+        out_features, in_features = weight.shape
+        dtype = adapter_dtype(weight)
+        lora_A = torch.empty(self.r, in_features, dtype=dtype, device=weight.device)
+        lora_B = torch.zeros(out_features, self.r, dtype=dtype, device=weight.device)
+        layer.initialise(lora_A, lora_B, weight, self)
+        layer.lora_A[name] = nn.Parameter(lora_A, requires_grad=not self.freeze_lora_A)
+        layer.lora_B[name] = nn.Parameter(lora_B)
+        layer.add_dropout(name, self.lora_dropout)
+        if self.use_dora:
+            with torch.no_grad():
+                # The norm that forward computes, so that the row scale starts at exactly 1 where B is zero.
+                norm = row_norm(weight, lora_A, lora_B, self.scaling, row_norm_squared(weight))
+            layer.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
+            layer.norm_cache(name)  # from the start: one that comes with the first call compiles it anew
+
+    def adapter(self, layer: AdapterMixin, name: str) -> Adapter:
+        """LoRA's or DoRA's matrices as they are."""
+        return Adapter(
+            name,
+            layer.parameter_of("lora_A", name),
+            layer.parameter_of("lora_B", name),
+            None,
+            self.scaling,
+            layer.dropout_p(name),
+            layer.parameter_of("lora_magnitude_vector", name) if self.use_dora else None,
+            self.dropout_on_base,
+        )
+
+    def __str__(self) -> str:
+        method = "DoRA" if self.use_dora else "LoRA"
+        dropout = f", dropout={self.lora_dropout}" if self.lora_dropout else ""
+        frozen = ", A frozen" if self.freeze_lora_A else ""
+        return f"{method}(r={self.r}, scaling={self.scaling:g}{dropout}{frozen})"
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of adapters: fp32 over a 16-bit or quantised base, the base's otherwise."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What an adapter's initialisation took out of the base weight, in host memory.
+
+    Attributes:
+        name: the adapter.
+        weight: the base weight before, as it is stored.
+        lora_A: the adapter's A at the start, [r, in_features].
+        lora_B: likewise B, [out_features, r].
+    """
+
+    name: str
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
 
 
 class AdapterMixin(nn.Module):
@@ -49,7 +161,7 @@ class AdapterMixin(nn.Module):
     lora_magnitude_vector: nn.ParameterDict
     # Of the adapters that drop anything; their p may change at any time, as PEFT's may.
     lora_dropout: nn.ModuleDict
-    specs: dict[str, AdapterSpec]
+    specs: dict[str, Spec]
     # Those whose names are here and in `specs` take part in forward, in this order.
     active_adapters: tuple[str, ...]
     adapters_enabled: bool
@@ -88,6 +200,7 @@ class AdapterMixin(nn.Module):
         self.merged_adapters = ()
         self.row_adapters = None
         self._unmerged: Tensor | None = None
+        self.rewritten: Rewritten | None = None
         self._norm_caches: dict[str, NormCache] = {}
 
     @property
@@ -95,73 +208,85 @@ class AdapterMixin(nn.Module):
         """The first of the active adapters."""
         return self.active_adapters[0]
 
-    def add_adapter(self, name: str, spec: AdapterSpec) -> None:
-        """Create and initialise the parameters of one adapter; it is not active yet.
-
-        They are fp32 over a 16-bit or quantised base and in the base's dtype otherwise, on its device.
-        """
-        weight = self.weight_out_in()
-        out_features, in_features = weight.shape
-        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-        lora_A = torch.empty(spec.r, in_features, dtype=dtype, device=weight.device)
-        lora_B = torch.zeros(out_features, spec.r, dtype=dtype, device=weight.device)
-        self._initialise(lora_A, lora_B, spec)
-        self.lora_A[name] = nn.Parameter(lora_A)
-        self.lora_B[name] = nn.Parameter(lora_B)
+    def add_adapter(self, name: str, spec: Spec) -> None:
+        """Create and initialise the parameters of one adapter, on the base's device; it is not active yet."""
+        spec.create(self, name)
         self.specs[name] = spec
-        if spec.lora_dropout > 0.0:
-            dropout = nn.Dropout(spec.lora_dropout).train(self.training)
-            follow(dropout)
-            # Not by its own setter, which refuses names like 'type' and 'train'.
-            self.lora_dropout._modules[name] = dropout
-        if spec.use_dora:
-            with torch.no_grad():
-                # The norm that forward computes, so that the row scale starts at exactly 1 where B is zero.
-                norm = row_norm(weight, lora_A, lora_B, spec.scaling, row_norm_squared(weight))
-            self.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
-            self.norm_cache(name)  # there from the start: one that comes with the first call compiles it anew
 
-    def _initialise(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
-        if spec.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1.0 / spec.r)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if spec.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    def initialise(self, lora_A: Tensor, lora_B: Tensor, weight: Tensor, spec: AdapterSpec) -> None:
+        """Fill A and B, given empty and zero, as the specification says."""
+        initialise(lora_A, lora_B, weight, spec.init_lora_weights, spec.scaling)
+
+    @torch.no_grad()
+    def rewrite_base(self, name: str) -> None:
+        """Take what an adapter starts with out of the base weight, where its initialisation asks for that."""
+        spec = self.specs[name]
+        if not isinstance(spec, AdapterSpec) or not self.rewrites(spec):
+            return
+        weight, adapter = self.weight_out_in(), spec.adapter(self, name)._replace(magnitude=None)
+        A, B = (matrix.detach().to("cpu", copy=True) for matrix in (adapter.lora_A, adapter.lora_B))
+        self.rewritten = Rewritten(name, self.weight.detach().to("cpu", copy=True), A, B)
+        weight.copy_(merged_weight(weight, [adapter._replace(scaling=-spec.scaling)]))
+        if spec.use_dora:
+            norm = row_norm(
+                weight, self.lora_A[name], self.lora_B[name], spec.scaling, row_norm_squared(weight)
+            )
+            self.lora_magnitude_vector[name].copy_(norm)
+
+    def rewrites(self, spec: AdapterSpec) -> bool:
+        """Whether an adapter's initialisation moves a part of this layer's weight into it."""
+        return base_factors(spec.init_lora_weights) is not None
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Give the base weight back as it was before :meth:`rewrite_base`, to the bit."""
+        if self.rewritten is not None:
+            self.weight.copy_(self.rewritten.weight)
+            self.rewritten = None
 
     def delete_adapter(self, name: str) -> None:
         """Forget one adapter, if the layer has it."""
-        for held in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
-            if name in held:
-                del held[name]
-        self.specs.pop(name, None)
+        if (spec := self.specs.pop(name, None)) is not None:
+            for kind in (*spec.kinds, *spec.shared):
+                del getattr(self, kind)[name]
+            self.lora_dropout._modules.pop(name, None)
         self._norm_caches.pop(name, None)
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 
+    def train_adapters(self, names: Sequence[str]) -> None:
+        """Gradients for these adapters, but for what of them is frozen, and for no other."""
+        for name, spec in self.specs.items():
+            for kind in spec.kinds:
+                trains = name in names and kind not in spec.frozen
+                getattr(self, kind)[name].requires_grad_(trains)
+
     def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
         """Return those adapters of these names (default: the active ones) that the layer has."""
-        found = []
-        # Module internals: ParameterDict's and nn.Module's own lookups take 2 us a name.
-        A, B = self._modules["lora_A"]._parameters, self._modules["lora_B"]._parameters  # type: ignore[union-attr]
-        for name in self.active_adapters if names is None else names:
-            spec = self.specs.get(name)
-            if spec is not None:
-                found.append(
-                    Adapter(
-                        name,
-                        A[name],  # type: ignore[arg-type]  # those of a spec are there
-                        B[name],  # type: ignore[arg-type]
-                        None,
-                        spec.scaling,
-                        self._dropout_p(name),
-                        self.lora_magnitude_vector[name] if spec.use_dora else None,
-                        spec.dropout_on_base,
-                    )
-                )
-        return found
+        chosen = self.active_adapters if names is None else names
+        return [self.specs[name].adapter(self, name) for name in chosen if name in self.specs]
 
-    def _dropout_p(self, name: str) -> Probability:
-        dropout: nn.Module | None = self._modules["lora_dropout"]._modules.get(name)  # type: ignore[union-attr]
+    def parameter_of(self, kind: str, name: str) -> Tensor:
+        """Return ``layer.kind[name]``, past ParameterDict's own lookup, which takes 2 us."""
+        held: Any = self._modules[kind]
+        parameter: Tensor = held._parameters[name]
+        return parameter
+
+    def add_dropout(self, name: str, p: float) -> None:
+        """Let an adapter drop elements of its input while the layer trains."""
+        if p > 0.0:
+            dropout = nn.Dropout(p).train(self.training)
+            follow(dropout)
+            # Not by its own setter, which refuses names like 'type' and 'train'.
+            self.lora_dropout._modules[name] = dropout
+
+    def dropout_p(self, name: str) -> Probability:
+        """Return what an adapter drops now.
+
+        Raises:
+            ConfigError: its p was set to what no dropout can have.
+        """
+        held: Any = self._modules["lora_dropout"]
+        dropout: nn.Module | None = held._modules.get(name)
         if dropout is None:
             return 0.0
         if (p := probability_of(dropout)) is None:
@@ -199,10 +324,5 @@ class AdapterMixin(nn.Module):
 
     def adapter_repr(self) -> str:
         """Return what the layer's repr adds to the base's."""
-        texts = []
-        for name, spec in self.specs.items():
-            method = "DoRA" if spec.use_dora else "LoRA"
-            dropout = f", dropout={self.lora_dropout[name].p}" if name in self.lora_dropout else ""
-            label = f"{name}: " if len(self.specs) > 1 else ""
-            texts.append(f"{label}{method}(r={spec.r}, scaling={spec.scaling:g}{dropout})")
-        return ", ".join(texts)
+        several = len(self.specs) > 1
+        return ", ".join(f"{name}: {spec}" if several else str(spec) for name, spec in self.specs.items())

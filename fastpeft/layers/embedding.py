@@ -79,9 +79,14 @@ class EmbeddingMixin(AdapterMixin):
         """Return the weight [num_embeddings, embedding_dim] as a transposed view."""
         return self.weight.t()
 
-    def _initialise(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+    def initialise(self, lora_A: Tensor, lora_B: Tensor, weight: Tensor, spec: AdapterSpec) -> None:
+        """Zero A and normal B, as PEFT for every initialisation but False."""
         nn.init.normal_(lora_A) if spec.init_lora_weights is False else nn.init.zeros_(lora_A)
         nn.init.normal_(lora_B)
+
+    def rewrites(self, spec: AdapterSpec) -> bool:
+        """No initialisation moves a part of an embedding."""
+        return False
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids [...] to [..., embedding_dim]."""

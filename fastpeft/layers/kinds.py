@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.layers.adapter import AdapterMixin
+
+Shape = tuple[int, int]  # (in_features, out_features)
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -41,6 +44,15 @@ def adapter_class(module: nn.Module) -> type[AdapterMixin] | None:
 
         return subclass_with_adapters(type(module))
     return None
+
+
+def shape_of(linear: nn.Module) -> Shape:
+    """(in_features, out_features) of a linear."""
+    kind: Any = linear
+    if not is_conv1d_like(linear):
+        return kind.in_features, kind.out_features
+    rows, columns = kind.weight.shape
+    return rows, columns
 
 
 def is_conv1d(module: nn.Module) -> bool:

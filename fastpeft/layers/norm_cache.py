@@ -27,9 +27,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastpeft import backend as backends
 from fastpeft.layers.optimizer_steps import STEPS
+from fastpeft.ops.eager import is_intercepted, is_seen_through
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
 PLAIN_TYPES = (Tensor, nn.Parameter)  # not DTensor, FakeTensor, quantised weights
@@ -173,7 +175,8 @@ def _is_cpu(tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN_TYPES and not tensor.is_inference() and not tensor.is_meta
+    plain = type(tensor) in PLAIN_TYPES or (is_seen_through() and isinstance(tensor, FakeTensor))
+    return plain and not tensor.is_inference() and not tensor.is_meta
 
 
 def _is_traced(parameter: Tensor) -> bool:
@@ -184,7 +187,7 @@ def _is_traced(parameter: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_intercepted()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -194,7 +197,7 @@ def _is_traced(parameter: Tensor) -> bool:
 def _look(tensor: Tensor) -> tuple[object, ...]:
     """What shows of a tensor without reading it."""
     return (
-        tensor.data_ptr(),
+        tensor.data_ptr() if type(tensor) in PLAIN_TYPES else 0,  # a fake tensor has no address
         tensor._version,
         tensor.dtype,
         tensor.device,

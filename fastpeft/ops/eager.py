@@ -4,11 +4,14 @@ A Python custom op costs about 0.1 ms a call: forward and backward of LoRA at 1 
 it and 0.27 without, where the frozen linear takes 0.09. In plain eager mode nobody looks at the op as an op,
 so it is called without it; whoever does look (``torch.compile``, ``FakeTensor``, dispatch modes) sees the
 custom op. Under ``torch.func`` the ops' references run, which every transform can see through.
+
+The memory planner looks at what the calls allocate, and wants to see the inside: :func:`seen_through`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -16,6 +19,29 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+_seen_through = False
+
+
+@contextmanager
+def seen_through() -> Iterator[None]:
+    """Inside, everything runs as in plain eager mode, fake tensors and dispatch modes or not."""
+    global _seen_through
+    before, _seen_through = _seen_through, True
+    try:
+        yield
+    finally:
+        _seen_through = before
+
+
+def is_seen_through() -> bool:
+    """Whether :func:`seen_through` is at work."""
+    return _seen_through
+
+
+def is_intercepted() -> bool:
+    """Whether a dispatch mode sees the operations, and not for their allocations alone."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not _seen_through
 
 
 def is_transformed() -> bool:
@@ -28,9 +54,9 @@ def runs_eagerly(x: Tensor) -> bool:
     """Whether nothing traces or intercepts the operations on ``x``."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_intercepted()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not isinstance(x, FakeTensor)
+        and (_seen_through or not isinstance(x, FakeTensor))
     )
 
 

@@ -30,7 +30,7 @@ from fastpeft import backend as backends
 from fastpeft.errors import ConfigError, ShapeError
 from fastpeft.ops import block_kernels, gated_mlp_torch, packed
 from fastpeft.ops import projections as linears
-from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
+from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import differentiable_once, runs_eagerly
 from fastpeft.ops.gated_mlp_torch import activated
@@ -126,8 +126,10 @@ def gated_mlp(
     if one_inner_mask and seeds is not None:
         seeds = torch.cat([seeds[:1], seeds])
     tensors, layout, scalings = packed.pack(projections)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    keep = needs_gradients(x, *tensors)
     if runs_eagerly(x):
+        if backend == "triton" and not keep and block_kernels.decodes(x, projections, seeds):
+            return _decode(x, projections, activation)
         return _GatedMLP.apply(  # type: ignore[no-any-return,no-untyped-call]
             layout, scalings, activation, [number(p) for p in ps], seeds, keep, backend, x, *tensors
         )
@@ -135,6 +137,14 @@ def gated_mlp(
         x, tensors, layout, scalings, activation, *as_inputs(ps), seeds, keep, backend
     )
     return outputs[0]
+
+
+@without_autocast
+def _decode(x: Tensor, projections: Sequence[Projection], activation: str) -> Tensor:
+    """Return y for a few tokens that nobody differentiates."""
+    projections = [linears.with_norm(p, "triton") for p in projections]
+    y = block_kernels.gated_decode(flatten_tokens(x), projections, activation)
+    return unflatten_tokens(y, x.shape)
 
 
 @without_autocast

@@ -22,7 +22,7 @@ MIN_ROW_SCALE = 2.0**-100
 def row_norm_squared(weight: Tensor) -> Tensor:
     """Return ``||W||^2`` per output row, [out_features] in fp32 (fp64), without an fp32 copy of W."""
     dtype = accumulation_dtype(weight.dtype)
-    if torch.compiler.is_compiling() or weight.dtype == dtype:
+    if torch.compiler.is_compiling() or weight.dtype == dtype or weight.is_meta:
         norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
         return norm.square()
     blocks = torch.split(weight, max(1, 2**22 // max(weight.shape[1], 1)))

@@ -30,7 +30,7 @@ from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
 from fastpeft.ops import block_kernels, packed, stacked_torch
 from fastpeft.ops import projections as linears
-from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
+from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import differentiable_once, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
@@ -100,6 +100,9 @@ def stacked_linear(
     seeds = draw_seeds(x, ps, backend)
     tensors, layout, scalings = packed.pack(projections)
     if runs_eagerly(x):
+        decodes = backend == "triton" and block_kernels.decodes(x, projections, seeds)
+        if decodes and not needs_gradients(x, *tensors):
+            return _decode(x, projections)
         return _StackedLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             layout, scalings, [number(p) for p in ps], seeds, backend, x, *tensors
         )
@@ -107,6 +110,14 @@ def stacked_linear(
         x, tensors, layout, scalings, *as_inputs(ps), seeds, backend
     )
     return tuple(outputs[: len(projections)])
+
+
+@without_autocast
+def _decode(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Return the ys for a few tokens that nobody differentiates."""
+    projections = [linears.with_norm(p, "triton") for p in projections]
+    ys = block_kernels.stacked_decode(flatten_tokens(x), projections)
+    return tuple(unflatten_tokens(y, x.shape) for y in ys)
 
 
 @without_autocast

@@ -182,7 +182,7 @@ class LayerSparseAdamW(torch.optim.AdamW):
             stored = [(parameter, weights[i]), *((state[key], moments[key][i]) for key in _MOMENTS)]
             generator = self._generator(parameter.device, place, index) if self.stochastic_rounding else None
             for target, value in stored:
-                if target.data_ptr() == value.data_ptr():
+                if torch._C._is_alias_of(target, value):  # type: ignore[attr-defined]
                     continue
                 if generator is not None and target.dtype is torch.bfloat16:
                     stochastic_copy_(target, value, generator)

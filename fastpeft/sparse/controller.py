@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,25 @@ class LayerSparse:
         """The current interval, from 0."""
         return self.steps // self.schedule.period
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where it stands, as plain values; :meth:`resume` takes it."""
+        return dict(self.optimizer.param_groups[0][record.KEY])
+
+    def resume(self, found: Mapping[str, Any]) -> None:
+        """Stand where a record says, without optimiser state: who trains is known before the state comes.
+
+        For ``torch.distributed.checkpoint``'s ``set_optimizer_state_dict``, which wants an optimiser that
+        trains what the file has. :func:`fastpeft.load_training` and ``load_state_dict`` do it by themselves.
+
+        Raises:
+            LayerSparseError: it is of another model, schedule or precision; nothing is changed.
+        """
+        groups: list[dict[str, Any]] = [{record.KEY: dict(found)}]
+        self._before_loading(None, {"param_groups": groups})
+        self._stand(record.read({"param_groups": groups}))
+        self.write_record()
+
     def remove(self) -> None:
         """Let every parameter train again and leave the optimiser alone; it gets back what was kept aside."""
         for hook in self._hooks:
@@ -164,6 +183,8 @@ class LayerSparse:
         self.updates += 1
 
     def _after_step(self, *_: Any) -> None:
+        if self._is_no_training():
+            return
         if self.steps == 0:
             self._ranks.agree(self._fingerprint(self.active))
         if self._unchecked:
@@ -178,6 +199,13 @@ class LayerSparse:
                 self._ranks.agree(self._fingerprint(chosen))
                 self._apply(chosen)
         self.write_record()
+
+    def _is_no_training(self) -> bool:
+        """Whether it was torch.distributed.checkpoint's step, which makes state and moves nothing."""
+        if any(group.get("lr") != 0.0 for group in self.optimizer.param_groups):
+            return False
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        return not any(bool(g.any()) for g in gradients if g is not None)
 
     def _chosen(self) -> tuple[str, ...]:
         places = self.schedule.active(self.interval, self.blocks, self.scores)
@@ -234,7 +262,9 @@ class LayerSparse:
         record.compare(record.read(state_dict), self._static_record())
 
     def _after_loading(self, *_: Any) -> None:
-        found = record.read({"param_groups": self.optimizer.param_groups})
+        self._stand(record.read({"param_groups": self.optimizer.param_groups}))
+
+    def _stand(self, found: Mapping[str, Any]) -> None:
         self.steps, self.updates = int(found["steps"]), int(found["updates"])
         self.scores = tuple(float(score) for score in found["scores"])
         self._aside.forget()

@@ -12,8 +12,9 @@ from fastpeft.errors import LayerSparseError
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, Layer
 from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.layers.bottleneck import BottleneckAdapter
 
-Carrier = AdapterMixin | Layer
+Carrier = AdapterMixin | BottleneckAdapter | Layer
 
 
 class Responses:
@@ -52,7 +53,7 @@ class Responses:
 
 def _carrier(module: nn.Module) -> Carrier | None:
     """What carries a layer's factor."""
-    if isinstance(module, AdapterMixin):
+    if isinstance(module, (AdapterMixin, BottleneckAdapter)):
         return module
     if is_accelerated(module):
         layer: Layer = module.__dict__[LAYER_ATTRIBUTE]

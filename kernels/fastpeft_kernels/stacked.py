@@ -29,6 +29,7 @@ from .projection import Projection
 from .reduce_dy import reduce_dy
 from .stacked_down import stacked_down
 from .stacked_dx import stacked_dx
+from .stacked_expand import expand_dx, expand_products
 from .stacked_gemm import stacked_gemm
 from .stacked_grad import stacked_grad
 
@@ -93,6 +94,7 @@ def stacked_forward(
     seeds: Tensor | None = None,
     *,
     keep_z: Sequence[bool] | None = None,
+    vendor_gemm: bool = False,
 ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
     """`y_i = c_i * (x W_i^T + s_i S_i B_i^T) + bias_i` with `S_i = drop_i(x) A_i^T`.
 
@@ -102,6 +104,7 @@ def stacked_forward(
         dropout_p: probability of dropping an element of x in front of every A, in [0, 1).
         seeds: int64 [count] on x's device, one mask a projection; required when dropout_p > 0.
         keep_z: where z_i, the product before the row scale, is wanted too: dm of a projection with a bias.
+        vendor_gemm: the products by the vendor's GEMM, each followed by one pass (`stacked_expand`).
 
     Returns: the y_i [M, N_i]; S [M, sum r], the columns of projection i after those of the ones before; and
     z_i [M, N_i] or None. All in x's dtype and contiguous.
@@ -122,7 +125,7 @@ def stacked_forward(
         return ys, x.new_empty((0, sum(map(rank_of, projections)))), zs
     with launch.on_device(x):
         S = down_all(x, projections, dropout_p, masks)
-        ys, zs = stacked_gemm(x, projections, S, keep_z)
+        ys, zs = (expand_products if vendor_gemm else stacked_gemm)(x, projections, S, keep_z)
     return ys, S, zs
 
 
@@ -152,6 +155,7 @@ def stacked_backward(
     need_m: Sequence[bool],
     need_bias: Sequence[bool],
     bias_dtypes: Sequence[torch.dtype | None] | None = None,
+    vendor_gemm: bool = False,
 ) -> StackedGradients:
     """Gradients of `stacked_forward`; what is not asked for is None and costs nothing.
 
@@ -170,6 +174,7 @@ def stacked_backward(
         need_m: whether dm_i is wanted.
         need_bias: whether dbias_i is wanted.
         bias_dtypes: dtypes of the dbias_i; dY's where None.
+        vendor_gemm: dx by the vendor's GEMM and one pass or more over it (`stacked_expand`); not with DoRA.
 
     Returns: dx [M, K] in the dtype of the dY_i; the others in the dtypes of their parameters, from fp32 sums.
     Gradients of a projection whose dY_i is None are None, and dx is when all are.
@@ -203,7 +208,7 @@ def stacked_backward(
     dx, k = None, projections[0].weight.shape[1]
     packed = absent[:]
     with launch.on_device(live[0][1]):
-        if need_x and dropout_p > 0.0:
+        if need_x and dropout_p > 0.0 and not vendor_gemm:
             packed = [dS if dS is None else empty_mask(dS.shape[0], k, dS) for dS in dSs]
         wanted = [(i, p.lora_A, dS) for i, _, p in live if need_A[i] and (dS := dSs[i]) is not None]
         for i, dA in adapter_gradients(x, wanted, dropout_p, masks, packed):
@@ -211,17 +216,15 @@ def stacked_backward(
         for mask, seed, known in zip(packed, masks, need_A, strict=True):
             if mask is not None and seed is not None and not known:
                 fill_mask(mask, k, dropout_p, seed)
+        places = [i for i, _, _ in live]
+        of_live = [dy for _, dy, _ in live], [p for _, _, p in live], [dSs[i] for i in places]
         if need_x and live[0][1].shape[0] == 0:
             dx = live[0][1].new_empty((0, k))
+        elif need_x and vendor_gemm:
+            dx = expand_dx(*of_live, dropout_p, [masks[i] for i in places])
         elif need_x:
-            dx = stacked_dx(
-                [dy for _, dy, _ in live],
-                [p for _, _, p in live],
-                [dSs[i] for i, _, _ in live],
-                [None if scale is None else scale.c for scale in (scales[i] for i, _, _ in live)],
-                [packed[i] for i, _, _ in live],
-                1.0 / (1.0 - dropout_p),
-            )
+            cs = [None if scale is None else scale.c for scale in (scales[i] for i in places)]
+            dx = stacked_dx(*of_live, cs, [packed[i] for i in places], 1.0 / (1.0 - dropout_p))
     return found._replace(dx=dx)
 
 

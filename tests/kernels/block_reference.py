@@ -145,10 +145,12 @@ def wants(b: Block) -> dict[str, list[bool]]:
     return {name: [getattr(p, field) is not None for p in b.projections] for name, field in fields.items()}
 
 
-def run_block(b: Block) -> dict[str, Tensor]:
+def run_block(b: Block, *, vendor_forward: bool = False, vendor_backward: bool = False) -> dict[str, Tensor]:
     """All results of the kernels; dm is had from z where there is a bias, else from y."""
     keep_z = [p.magnitude is not None and p.bias is not None for p in b.projections]
-    ys, S, zs = stacked_forward(b.x, b.projections, b.dropout_p, b.seeds, keep_z=keep_z)
+    ys, S, zs = stacked_forward(
+        b.x, b.projections, b.dropout_p, b.seeds, keep_z=keep_z, vendor_gemm=vendor_forward
+    )
     kept = [y if z is None else z for y, z in zip(ys, zs, strict=True)]
     dtypes = [None if p.bias is None else p.bias.dtype for p in b.projections]
     back = stacked_backward(
@@ -163,6 +165,7 @@ def run_block(b: Block) -> dict[str, Tensor]:
         need_x=True,
         **wants(b),
         bias_dtypes=dtypes,
+        vendor_gemm=vendor_backward,
     )
     found = {"S": S, "dx": back.dx}
     for name, values in {

@@ -30,8 +30,8 @@ CASES = [
 ]
 
 
-def check(b: Block) -> None:
-    found, dtype = run_block(b), b.x.dtype
+def check(b: Block, **vendor: bool) -> None:
+    found, dtype = run_block(b, **vendor), b.x.dtype
     reference, plain = evaluate_block(b, torch.float64), evaluate_block(b, dtype)
     assert {name for name in reference if name[0] != "z"} <= set(found)
     for name, tensor in found.items():
@@ -53,6 +53,36 @@ def test_ragged(m: int, k: int, kinds: list[Kind], dtype: torch.dtype, device: t
 def test_dropout(dtype: torch.dtype, device: torch.device) -> None:
     """A mask a projection, one in all of forward and backward; dx is wide enough for several column parts."""
     check(make_block(21, 90, QKV, dtype, device, dropout_p=0.3, adapter=torch.float32))
+
+
+LORA = [Kind(n=70, r=5, bias=True), Kind(n=20), Kind(n=20, r=40)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_vendor_gemm(dtype: torch.dtype, dropout_p: float, device: torch.device) -> None:
+    """The vendor's GEMMs and passes over their results: forward of every kind, backward of LoRA."""
+    adapter = torch.float32
+    check(make_block(21, 90, QKV, dtype, device, dropout_p=dropout_p, adapter=adapter), vendor_forward=True)
+    lora = make_block(21, 90, LORA, dtype, device, dropout_p=dropout_p, adapter=adapter)
+    check(lora, vendor_forward=True, vendor_backward=True)
+    lora.dys[0] = None
+    reference, plain = evaluate_block(lora, torch.float64), evaluate_block(lora, dtype)
+    assert_within_rule(run_block(lora, vendor_backward=True)["dx"], reference["dx"], plain["dx"], "dx")
+
+
+def test_vendor_gemm_of_strided_and_of_no_tokens(device: torch.device) -> None:
+    b = make_block(37, 50, LORA, torch.bfloat16, device)
+    b.projections[0] = change(b.projections[0], spread_any)
+    b.x, b.dys = spread_any(b.x), [spread_any(b.dys[0]), b.dys[1], transposed(b.dys[2])]  # type: ignore[arg-type]
+    check(b, vendor_forward=True, vendor_backward=True)
+    b.x, b.dys = b.x[:0], [dy[:0] for dy in b.dys if dy is not None]
+    assert run_block(b, vendor_forward=True, vendor_backward=True)["dx"].shape == (0, 50)
+
+
+def test_vendor_gemm_refuses_dx_of_dora(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="for LoRA"):
+        run_block(make_block(3, 40, QKV, torch.float32, device), vendor_backward=True)
 
 
 def test_masks_differ(device: torch.device) -> None:

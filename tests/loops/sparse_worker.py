@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +14,28 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import fastpeft
 from fastpeft import IST, LISA, BAdam, LayerSparseAdamW
-from fastpeft.errors import LayerSparseError
+from fastpeft.errors import CheckpointError, LayerSparseError
 from tests.test_layer_sparse import llama, patched
 
 STEPS = 7
+SAVED = 3  # steps before a save: in the middle of an interval
 
 
 def batch(step: int, rank: int) -> torch.Tensor:
     return torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(step * 2 + rank))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: list[int], watched: int) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: list[int],
+    watched: int,
+    steps: range = range(STEPS),
+) -> list[float]:
     losses = []
-    for step in range(STEPS):
+    for step in steps:
         for rank in ranks:
             loss = model(input_ids=batch(step, rank), labels=batch(step, rank)).loss
             (loss / len(ranks)).backward()
@@ -33,6 +44,33 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: list[int], 
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def sharded(make: Callable[[], nn.Module]) -> tuple[nn.Module, LayerSparseAdamW]:
+    """FSDP2, a block per group."""
+    model: Any = make().train()
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    return model, LayerSparseAdamW(model, 0.02, 0.1, LISA(2, 2))
+
+
+def check_saves(folder: Path, rank: int, expected: list[float]) -> None:
+    """Two ranks go on with what one process saved, and with what they saved; the test goes on with that."""
+    first, then = range(SAVED), range(SAVED, STEPS)
+    model, optimizer = sharded(llama)
+    fastpeft.load_training(model, optimizer, folder / "of-one")
+    assert train(model, optimizer, [rank], rank, then) == pytest.approx(expected[SAVED:], rel=1e-4)
+    model, optimizer = sharded(llama)
+    train(model, optimizer, [rank], rank, first)
+    fastpeft.save_training(model, optimizer, folder / "of-two", extra={"steps": SAVED})
+    assert len(list((folder / "of-two").rglob("*.safetensors"))) == 2
+    again = train(model, optimizer, [rank], rank, then)
+    model, optimizer = sharded(llama)
+    assert fastpeft.load_training(model, optimizer, folder / "of-two") == {"steps": SAVED}
+    assert train(model, optimizer, [rank], rank, then) == again
+    with pytest.raises(CheckpointError, match="cannot write"):
+        fastpeft.save_training(model, optimizer, folder / "a-file")
 
 
 def main() -> None:
@@ -74,15 +112,13 @@ def main() -> None:
     for make in (llama, patched):
         alone = make().train()
         expected = train(alone, LayerSparseAdamW(alone, 0.02, 0.1, LISA(2, 2)), [0, 1], rank)
-        model = make().train()
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        optimizer = LayerSparseAdamW(model, 0.02, 0.1, LISA(2, 2))
+        model, optimizer = sharded(make)
         found = train(model, optimizer, [rank], rank)
         assert found == pytest.approx(expected, rel=1e-4), f"fsdp {make.__name__}"
         moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
         assert 0 < moments < 0.75 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if make is llama:
+            check_saves(Path(sys.argv[1]), rank, expected)
     dist.destroy_process_group()
     print("ok", file=sys.stderr)
 

@@ -78,7 +78,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from Layer(1, 16, n=32768).decode()
     for layer in (
         Layer(64, 64, dtype=torch.float32),
-        Layer(64, 16, dtype=torch.float32),
+        Layer(64, 32, dtype=torch.float32),
         Layer(63, 64, n=1001, k=999),
         Layer(63, 16, n=1001, k=999),
         Layer(64, 16, dtype=torch.float16, adapter=torch.float16),

@@ -1,0 +1,1 @@
+"""A file per method of fine-tuning: its configuration, and how it enters the verbs."""

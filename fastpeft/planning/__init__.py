@@ -1,0 +1,1 @@
+"""What a training step will hold in memory, before there is a model: :func:`fastpeft.plan`."""

@@ -3,7 +3,7 @@
 Each case trains two steps in a process of its own, twice: once plainly, with the process's resident memory
 watched by the kernel (VmHWM, from before the weights were made), and once under the planner's own tracker.
 `resident` also holds what no tracker sees: an ATen kernel's scratch memory and what the allocator keeps;
-glibc is told to map every block of 1 MiB or more by itself, and to give back the rest.
+glibc is told to map every block of 128 KiB or more by itself, and to give back the rest.
 
 `--papers` compares plans with published tables instead (bench.plan_papers).
 """
@@ -41,8 +41,8 @@ METHODS: dict[str, Any] = {
     "lisa": LISA(layers=2),
 }
 ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(2**17),
+    "MALLOC_TRIM_THRESHOLD_": str(2**17),
     "MALLOC_MMAP_MAX_": str(10**6),
     "MALLOC_ARENA_MAX": "1",
 }

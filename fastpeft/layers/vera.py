@@ -111,6 +111,7 @@ class VeRASpec:
         modules: dict[str, Any] = layer._modules
         modules["vera_lambda_b"][name], modules["vera_lambda_d"][name] = nn.Parameter(b), nn.Parameter(d)
         modules["vera_projections"][name] = self.projections.to(weight.device, dtype)
+        layer.add_dropout(name, self.vera_dropout)
 
     def adapter(self, layer: AdapterMixin, name: str) -> Adapter:
         """LoRA's matrices, of which ``lora_B`` is ``b B d``."""
@@ -124,7 +125,7 @@ class VeRASpec:
             scaled_b(b, pair.vera_B[:out_features].to(d.device), d),
             None,
             1.0,
-            self.vera_dropout if layer.training else 0.0,
+            layer.dropout_p(name),
             None,
         )
 

@@ -165,7 +165,7 @@ def test_pinned_gated_mlp(pin, kind, calls, monkeypatch):
 def test_every_path_draws_the_same_masks(pin, monkeypatch):
     """Forward by one path and backward by another have to agree on what was dropped."""
     x, projections = tokens(20, torch.float32), stack("lora", torch.float32)
-    masks = dropout_masks([x.shape] * 3, 0.3, 11, torch.float32, "triton")
+    masks = dropout_masks([x.shape] * 3, [0.3] * 3, 11, torch.float32, "triton")
     for forward, backward in ((pin, "split"), ("split", pin)):
         modes = {"stacked_forward": forward, "stacked_backward": backward}
         monkeypatch.setattr(

@@ -46,10 +46,10 @@ def write(path: Path, tensors: dict[str, Tensor], config: str) -> None:
             save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
             (scratch / CONFIG_NAME).write_text(config, encoding="utf-8")
             for file in (scratch / WEIGHTS_NAME, scratch / CONFIG_NAME, scratch):
-                _flush(file)
+                flush(file)
             (scratch / WEIGHTS_NAME).replace(path / WEIGHTS_NAME)
             (scratch / CONFIG_NAME).replace(path / CONFIG_NAME)
-            _flush(path)
+            flush(path)
         finally:
             if not _is_between_renames(scratch):
                 _discard(scratch)
@@ -132,7 +132,8 @@ def _discard(scratch: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

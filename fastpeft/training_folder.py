@@ -11,7 +11,6 @@ cleared away by the next save.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fastpeft import sharding
 from fastpeft.errors import BackendError, CheckpointError
+from fastpeft.folder_files import flush
 
 NAME = "training.pt"
 _PART = re.compile(r"tensors-[0-9a-f]{16}")
@@ -119,22 +119,14 @@ def _commit(folder: Path, path: Path, rest: dict[str, Any]) -> None:
     scratch = folder / f".{NAME}-{path.name}"
     torch.save({"part": path.name, "rest": rest}, scratch)
     for written in (*path.iterdir(), path, scratch):
-        _flush(written)
+        flush(written)
     scratch.replace(folder / NAME)
-    _flush(folder)
+    flush(folder)
     for left in folder.iterdir():
         if _PART.fullmatch(left.name) and left.name != path.name:
             shutil.rmtree(left, ignore_errors=True)
         elif left.name.startswith(f".{NAME}-"):
             left.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _on_first_rank(folder: Path, act: Any) -> None:

@@ -63,6 +63,7 @@ def save_training(
     for key, value in tensors.items():
         shapes[key] = (str(value.dtype).removeprefix("torch."), list(value.shape))
     groups = [{**g, "params": [names[i] for i in g["params"]]} for g in whole["param_groups"]]
+    randoms = _random_states()
     rest = {
         "tensors": shapes,
         "state": state,
@@ -70,10 +71,11 @@ def save_training(
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "extra": None if extra is None else dict(extra),
         "ranks": dist.get_world_size() if _is_distributed() else 1,
+        "random": [_device_of(key) for key in randoms],
     }
     training_folder.check_plain(rest, "save_training")
     path = Path(folder)
-    training_folder.write(path, {**tensors, **_random_states()}, rest)
+    training_folder.write(path, {**tensors, **randoms}, rest)
     return path
 
 
@@ -113,7 +115,8 @@ def load_training(
             place = f"optimizer.{name}.{key}"
             if place in found["tensors"]:
                 values[place] = _room(here[name], *found["tensors"][place])
-    randoms = _random_states() if _rank() < found["ranks"] else {}
+    known = found["random"] if _rank() < found["ranks"] else []
+    randoms = {key: value for key, value in _random_states().items() if _device_of(key) in known}
     training_folder.fill(path, found["part"], {**values, **randoms})
     _load_optimizer(optimizer, found, values, names)
     with torch.no_grad():
@@ -122,7 +125,7 @@ def load_training(
     if scheduler is not None:
         scheduler.load_state_dict(found["scheduler"])
     for key, value in randoms.items():
-        torch.cuda.set_rng_state(value) if key.endswith(".cuda") else torch.set_rng_state(value)
+        torch.cuda.set_rng_state(value) if _device_of(key) == "cuda" else torch.set_rng_state(value)
     return dict(found["extra"] or {})
 
 
@@ -170,6 +173,10 @@ def _random_states() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states[f"random.{_rank()}.cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def _device_of(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _compare_records(found: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

@@ -267,7 +267,7 @@ def test_a_killed_save_leaves_one_adapter_whole(tmp_path):
     assert seen == {0, 1}
 
 
-@pytest.mark.parametrize("stage", ["save_file", "_flush", "replace-weights", "replace-config"])
+@pytest.mark.parametrize("stage", ["save_file", "flush", "replace-weights", "replace-config"])
 def test_a_save_that_fails_anywhere_leaves_one_adapter_whole(tmp_path, monkeypatch, stage):
     folder = fastpeft.save(make_model(0), tmp_path / "adapter")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastpeft
-from fastpeft import LISA, BAdam, LayerSparseAdamW
+from fastpeft import LISA, BAdam, LayerSparseAdamW, training_folder
 from fastpeft.errors import CheckpointError, LayerSparseError
 from tests import training_worker
 from tests.test_layer_sparse import SCHEDULES, llama, model_for, patched, train
@@ -189,6 +189,27 @@ def test_what_cannot_be_saved_leaves_the_old_state(tmp_path):
         fastpeft.save_training(model, optimizer, tmp_path / "file")
     (tmp_path / "file").unlink()
     assert {f.relative_to(tmp_path) for f in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("stage", ["flush", "replace"])
+def test_a_save_that_fails_leaves_the_old_state(tmp_path, monkeypatch, stage):
+    saved(tmp_path)
+    model = llama().train()
+    optimizer = LayerSparseAdamW(model, 1e-2, schedule=LISA(2, 5))
+    train(model, optimizer, 4)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((training_folder, stage) if stage == "flush" else (Path, stage)), fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        fastpeft.save_training(model, optimizer, tmp_path)
+    monkeypatch.undo()
+    fresh = LayerSparseAdamW(model, 1e-2, schedule=LISA(2, 5))
+    fastpeft.load_training(model, fresh, tmp_path)
+    assert fresh.sparse.steps == 2
+    fastpeft.save_training(model, fresh, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_torchs_own_state_dict_verbs():

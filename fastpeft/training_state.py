@@ -17,6 +17,7 @@ from fastpeft.sparse import record
 from fastpeft.sparse.controller import unwrapped
 
 _SHOWN = 4
+_CONTENT = ("tensors", "state", "groups", "scheduler", "extra", "ranks", "random")
 
 
 def save_training(
@@ -101,6 +102,8 @@ def load_training(
     """
     path = Path(folder)
     found = training_folder.read(path)
+    if missing := [key for key in _CONTENT if key not in found]:
+        raise CheckpointError(f"load: {path / training_folder.NAME} lacks {', '.join(missing)}")
     inner, names = _named(model, optimizer)
     trained = _trained(inner, names)
     here = {name: parameter for name, parameter in inner.named_parameters() if name in set(names.values())}
@@ -162,7 +165,9 @@ def _trained(model: nn.Module, names: Mapping[int, str]) -> dict[str, Tensor]:
 
 def _room(parameter: nn.Parameter, dtype: str, shape: list[int]) -> Tensor:
     """Memory for a tensor of a parameter's state, sharded as the parameter is."""
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, str(dtype), None)
+    if not isinstance(kind, torch.dtype):
+        raise CheckpointError(f"load: expected the name of a torch dtype, got {dtype!r}")
     if list(parameter.shape) == list(shape):
         return torch.empty_like(parameter.detach(), dtype=kind)
     return torch.empty(shape, dtype=kind, device=parameter.device)

@@ -167,6 +167,7 @@ def test_a_damaged_folder_gives_one_error_and_changes_nothing(tmp_path):
     damaged(lambda folder: cut(folder / "training.pt"))
     damaged(lambda folder: torch.save([1], folder / "training.pt"))
     damaged(lambda folder: torch.save({"part": "../whole", "rest": {}}, folder / "training.pt"))
+    damaged(lambda folder: torch.save({"part": "tensors-" + "0" * 16, "rest": {}}, folder / "training.pt"))
     damaged(lambda folder: (folder / "training.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR."))
     damaged(lambda folder: [cut(f) for f in folder.rglob("*.safetensors")])
     damaged(lambda folder: [f.unlink() for f in folder.rglob("*.safetensors")])

@@ -1,16 +1,15 @@
-"""Compile one launch and read its machine code: registers, spills, memory, instruction mix."""
+"""Compile launches and read their machine code: registers, spills, memory, instruction mix."""
 
 from __future__ import annotations
 
 import bisect
 import importlib
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .disassembly import disassemble
 from .loops import Step, natural_loops
 from .specialised import Launch
 from .targets import TARGETS, TENSOR_MEMORY_COLUMNS
@@ -62,8 +61,31 @@ class Measured:
     error: str = ""
 
 
-def compile_launch(item: Launch) -> Measured:
-    """Compile one launch (in a worker process, where kernels are not the interpreter's) and read its code."""
+def compile_launches(items: Sequence[Launch]) -> list[Measured]:
+    """Compile launches of one target (in a worker process, where kernels are not the interpreter's) and read
+    their code."""
+    results = [compile_launch(item) for item in items]
+    cubins = [result.cubin for result in results if result.cubin]
+    if cubins:
+        arch = TARGETS[items[0].target].arch
+        assert isinstance(arch, int)
+        texts = iter(disassemble(cubins, arch))
+        for result in results:
+            if result.cubin:
+                read_sass(next(texts), result.measured)
+    return [result.measured for result in results]
+
+
+@dataclass(kw_only=True, slots=True)
+class Compiled:
+    """A launch's figures as far as the compiler tells them; `cubin` has the rest, where there is one."""
+
+    measured: Measured
+    cubin: bytes = b""
+
+
+def compile_launch(item: Launch) -> Compiled:
+    """Compile one launch; of AMD's code, which is text already, read it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -79,30 +101,19 @@ def compile_launch(item: Launch) -> Measured:
             options=dict(item.options),
         )
     except Exception as error:  # any compiler failure is a finding about this launch, reported in the table
-        return Measured(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        return Compiled(measured=Measured(error=reason))
     measured = Measured(
         shared=compiled.metadata.shared, tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0
     )
     if target.backend == "hip":
         read_amdgcn(compiled.asm["amdgcn"], measured)
-    else:
-        read_sass(disassemble(compiled.asm["cubin"]), measured)
-    return measured
-
-
-def disassemble(cubin: bytes) -> str:
-    """SASS and resource usage of a cubin."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return Compiled(measured=measured)
+    return Compiled(measured=measured, cubin=compiled.asm["cubin"])
 
 
 def read_sass(text: str, measured: Measured) -> None:
-    """Fill `measured` from cuobjdump's text."""
+    """Fill `measured` from a kernel's resource usage and SASS."""
     measured.registers = int(re.search(r"\bREG:(\d+)", text)[1])  # type: ignore[index]
     measured.stack = int(re.search(r"\bSTACK:(\d+)", text)[1])  # type: ignore[index]
     # What is predicated on !PT never runs: fillers for a fault of the hardware.

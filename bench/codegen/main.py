@@ -9,45 +9,59 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 
 from bench.options import Parser
 
 from .families import FAMILIES
-from .machine_code import Measured, compile_launch, faults
+from .machine_code import Measured, compile_launches, faults
 from .recording import record, unclaimed, unreached
 from .specialised import Launch
 from .targets import TARGETS
+
+BATCH = 8  # launches in one run of the disassembler, which takes as long to start as one takes to compile
 
 KERNELS = [kernel.name for family in FAMILIES for kernel in family.kernels]
 
 
 def compile_all(launches: Sequence[Launch], workers: int) -> Iterator[tuple[Launch, Measured]]:
     """Compile in fresh processes, the compiler being single-threaded; in the order in which they finish."""
-    todo = iter(launches)
+    todo = deque(batches(launches))
     with ExitStack() as stack:
         # A pool a worker: a compiler that dies takes its process along, and is then known by name.
         idle = [Worker(stack) for _ in range(workers)]
-        busy: dict[Future[Measured], tuple[Worker, Launch]] = {}
+        busy: dict[Future[list[Measured]], tuple[Worker, list[Launch]]] = {}
         while True:
-            while idle and (item := next(todo, None)):
-                worker = idle.pop()
-                busy[worker.submit(item)] = worker, item
+            while idle and todo:
+                worker, batch = idle.pop(), todo.popleft()
+                busy[worker.submit(batch)] = worker, batch
             if not busy:
                 return
             for done in wait(busy, return_when=FIRST_COMPLETED).done:
-                worker, item = busy.pop(done)
-                if isinstance(done.exception(), BrokenProcessPool):
-                    worker = Worker(stack)
-                    yield item, Measured(error="the compiler process died")
+                worker, batch = busy.pop(done)
+                if not isinstance(done.exception(), BrokenProcessPool):
+                    yield from zip(batch, done.result(), strict=True)
                 else:
-                    yield item, done.result()
+                    worker = Worker(stack)
+                    if len(batch) == 1:
+                        yield batch[0], Measured(error="the compiler process died")
+                    else:
+                        todo.extendleft([item] for item in batch)  # one by one, to know by which
                 idle.append(worker)
+
+
+def batches(launches: Sequence[Launch]) -> Iterator[list[Launch]]:
+    """Neighbours of one target, which share a run of the disassembler."""
+    for _, group in groupby(launches, key=lambda item: item.target):
+        items = list(group)
+        yield from (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
 class Worker:
@@ -57,8 +71,8 @@ class Worker:
         pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.pool = stack.enter_context(pool)
 
-    def submit(self, item: Launch) -> Future[Measured]:
-        return self.pool.submit(compile_launch, item)
+    def submit(self, batch: list[Launch]) -> Future[list[Measured]]:
+        return self.pool.submit(compile_launches, batch)
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

@@ -204,11 +204,17 @@ def plan(document: Document) -> str:
             "resident, as the kernel counts",
         )
         return markdown_table(columns, rows)
-    rows = [
-        [str(r["table"]), f"{r['model']}, {r['method']}", f"{r['peak'] / 1e9:.2f}",
-         "not checked" if r["paper_gb"] is None else f"{r['paper_gb']:g}", str(r["assumptions"])]
-        for r in results
-    ]  # fmt: skip
+    rows = []
+    last = ("", "")
+    for r in results:
+        shown = str(r["table"]), str(r["assumptions"])
+        recalled = " (recalled)" if r.get("paper_recalled") else ""
+        rows.append([
+            "" if shown[0] == last[0] else shown[0],
+            f"{r['model']}, {r['method']}", f"{r['peak'] / 1e9:.2f}", f"{r['paper_gb']:g}{recalled}",
+            "" if shown == last else shown[1],
+        ])  # fmt: skip
+        last = shown
     return markdown_table(("paper's table", "", "planned peak, GB", "paper, GB", "assumed"), rows)
 
 

@@ -210,8 +210,11 @@ def test_plans_stand_beside_what_was_measured():
         "paper_gb": 59.0,
         "assumptions": "bf16",
     }
-    document = {"command": "python -m bench plan --papers", "machine": {}, "results": [row]}
-    assert "| T1 | 7B, full | 60.00 | 59 | bf16 |" in summaries.table(document)
+    recalled = {**row, "method": "lora", "paper_recalled": True}
+    document = {"command": "python -m bench plan --papers", "machine": {}, "results": [row, recalled]}
+    table = summaries.table(document)
+    assert "| T1 | 7B, full | 60.00 | 59 | bf16 |" in table
+    assert "|  | 7B, lora | 60.00 | 59 (recalled) |  |" in table
 
 
 def test_traffic_stands_beside_the_peers_formulas():

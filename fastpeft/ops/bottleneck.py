@@ -9,6 +9,9 @@ Backward, with ``h = x D^T + d`` and ``a = act(h)``::
     da = s dY U      dh = da * act'(h)      dU = s dY^T a      du = s colsum(dY)
     dD = dh^T x      dd = colsum(dh)        dx = dh D          dbase = dY  (+ dx in series)
 
+On a GPU the up-projection, its backward and the residual in series are Triton kernels that read and write
+base and dY once (:mod:`fastpeft_kernels.bottleneck`); what has the bottleneck's width is ATen's there too.
+
 Saved for backward: references to ``x`` (only where D trains), D and U, and one tensor of ``[tokens, size]``:
 ``a`` for relu and tanh, whose derivative shows in it, else ``h``. Parameters in fp32 over a 16-bit base are
 rounded to its dtype for the products, as LoRA's are; their gradients come back in their own dtype.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastpeft import backend as backends
+from fastpeft.choice import choice_key, choose
 from fastpeft.errors import ShapeError
+from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import flatten_tokens, scaled_cast, unflatten_tokens, without_autocast
 from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.features import feature_sum
@@ -93,6 +100,7 @@ def bottleneck(
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit together.
+        BackendError: the backend chosen with :func:`fastpeft.set_backend` cannot run here.
     """
     if x is not None and x.dtype != base.dtype:
         x = x.to(base.dtype)
@@ -100,7 +108,8 @@ def bottleneck(
     if is_transformed():
         D, d, U, u = (tensor.to(base.dtype) for tensor in (down, down_bias, up, up_bias))
         return bottleneck_reference(base, base if x is None else x, D, d, U, u, non_linearity, scaling)
-    inputs = (base, x, down, down_bias, up, up_bias, non_linearity, scaling)
+    backend = backends.resolve(base, op="bottleneck")
+    inputs = (base, x, down, down_bias, up, up_bias, non_linearity, scaling, backend)
     if runs_eagerly(base):
         return _Bottleneck.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     y, _ = torch.ops.fastpeft.bottleneck(*inputs)
@@ -136,6 +145,7 @@ def _forward(
     up_bias: Tensor,
     non_linearity: str,
     scaling: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return y [..., out_features] and what is kept, [tokens, size]."""
     dtype = base.dtype
@@ -143,9 +153,22 @@ def _forward(
     tokens = result if x is None else flatten_tokens(x)
     h = torch.addmm(down_bias.to(dtype), tokens, down.to(dtype).t())
     a = _FORWARD[non_linearity](h)
-    y = torch.addmm(result, a, up.to(dtype).t(), alpha=scaling)
-    y.add_(scaled_cast(up_bias, scaling, dtype))
+    if backend == "triton" and len(result):
+        arguments = (result, a, up, up_bias, scaling)
+        paths: dict[str, Callable[[], Tensor]] = {
+            "split": partial(kernel_paths.kernels().bottleneck_up, *arguments),
+            "aten": partial(_up, *arguments),
+        }
+        key = choice_key(len(result), up.shape[0], up.shape[1], up.shape[1], dtype)
+        y = paths[choose("bottleneck_up", paths, key=key, device=base.device)]()
+    else:
+        y = _up(result, a, up, up_bias, scaling)
     return unflatten_tokens(y, base.shape), a if non_linearity in _KEEPS_A else h
+
+
+def _up(base: Tensor, a: Tensor, up: Tensor, up_bias: Tensor, scaling: float) -> Tensor:
+    y = torch.addmm(base, a, up.to(base.dtype).t(), alpha=scaling)
+    return y.add_(scaled_cast(up_bias, scaling, base.dtype))
 
 
 @without_autocast
@@ -158,6 +181,7 @@ def _gradients(
     non_linearity: str,
     scaling: float,
     in_series: bool,
+    backend: str,
     need: list[bool],
 ) -> list[Tensor]:
     """Return the gradients that ``need`` asks for, of (x, down, down_bias, up, up_bias), in that order.
@@ -167,17 +191,26 @@ def _gradients(
     need_x, need_down, need_down_bias, need_up, need_up_bias = need
     gradient = flatten_tokens(dy)
     results: dict[int, Tensor] = {}
-    if need_up:
-        a = kept if non_linearity in _KEEPS_A else _FORWARD[non_linearity](kept)
-        results[3] = scaled_cast(gradient.t() @ a, scaling, up.dtype)
-    if need_up_bias:
-        results[4] = scaled_cast(feature_sum(gradient), scaling, up.dtype)
-    if need_x or need_down or need_down_bias:
-        da = gradient @ scaled_cast(up, scaling, dy.dtype)
+    need_a = need_x or need_down or need_down_bias
+    a = kept
+    if non_linearity not in _KEEPS_A and (need_up or backend == "triton"):
+        a = _FORWARD[non_linearity](kept)
+    of_up = kernel_paths.kernels().bottleneck_up_backward if backend == "triton" else _up_gradients
+    da, dup, dup_bias = of_up(
+        gradient, a, up, scaling, need_a=need_a, need_up=need_up, need_up_bias=need_up_bias
+    )
+    if dup is not None:
+        results[3] = dup
+    if dup_bias is not None:
+        results[4] = dup_bias
+    if da is not None:
         dh = _BACKWARD[non_linearity](da, kept)
         if need_x:
-            D = down.to(dy.dtype)
-            dx = torch.addmm(gradient, dh, D) if in_series else dh @ D
+            if in_series and backend == "triton" and len(gradient):
+                dx = kernel_paths.kernels().expand_add(gradient.contiguous(), dh, down, 1.0)
+            else:
+                D = down.to(dy.dtype)
+                dx = torch.addmm(gradient, dh, D) if in_series else dh @ D
             results[0] = unflatten_tokens(dx, dy.shape)
         if need_down:
             assert x is not None
@@ -185,6 +218,17 @@ def _gradients(
         if need_down_bias:
             results[2] = feature_sum(dh).to(down.dtype)
     return [results[place] for place in sorted(results)]
+
+
+def _up_gradients(
+    dy: Tensor, a: Tensor, up: Tensor, scaling: float, *, need_a: bool, need_up: bool, need_up_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of (a, up, up_bias)."""
+    return (
+        dy @ scaled_cast(up, scaling, dy.dtype) if need_a else None,
+        scaled_cast(dy.t() @ a, scaling, up.dtype) if need_up else None,
+        scaled_cast(feature_sum(dy), scaling, up.dtype) if need_up_bias else None,
+    )
 
 
 _bottleneck = torch.library.custom_op("fastpeft::bottleneck", _forward, mutates_args=())
@@ -201,6 +245,7 @@ def _(
     up_bias: Tensor,
     non_linearity: str,
     scaling: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     tokens = math.prod(base.shape[:-1])
     return torch.empty_like(base, memory_format=torch.contiguous_format), base.new_empty(
@@ -218,6 +263,7 @@ def _(
     non_linearity: str,
     scaling: float,
     in_series: bool,
+    backend: str,
     need: list[bool],
 ) -> list[Tensor]:
     shapes = ((*dy.shape[:-1], down.shape[1]), down.shape, down.shape[:1], up.shape, up.shape[:1])
@@ -230,11 +276,11 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], kept: Tensor) -> None:
-    base, x, down, _, up, _, non_linearity, scaling = inputs
+    base, x, down, _, up, _, non_linearity, scaling, backend = inputs
     source = base if x is None else x
     ctx.save_for_backward(source if ctx.needs_input_grad[2] else None, down, up, kept)
     ctx.set_materialize_grads(False)
-    ctx.options = (non_linearity, scaling, x is None)
+    ctx.options = (non_linearity, scaling, x is None, backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -244,16 +290,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, _kept: None = None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     base_grad, x_grad, *parameters = ctx.needs_input_grad[:6]
     x, down, up, kept = ctx.saved_tensors
-    non_linearity, scaling, in_series = ctx.options
+    non_linearity, scaling, in_series, backend = ctx.options
     need = [base_grad if in_series else x_grad, *parameters]
     gradients_of = _gradients if runs_eagerly(dy) else torch.ops.fastpeft.bottleneck_backward
-    found = iter(gradients_of(dy, x, down, up, kept, non_linearity, scaling, in_series, need))
+    options = (non_linearity, scaling, in_series, backend, need)
+    found = iter(gradients_of(dy, x, down, up, kept, *options))
     dx, *others = (next(found) if needed else None for needed in need)
     dbase, dx = (dx, None) if in_series else (dy, dx)
-    return (dbase if base_grad else None, dx, *others, None, None)
+    return (dbase if base_grad else None, dx, *others, None, None, None)
 
 
 _bottleneck.register_autograd(_backward, setup_context=_setup_context)

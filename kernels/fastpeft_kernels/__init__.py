@@ -14,9 +14,10 @@ from .projection import Projection
 from .when import MAX_DECODE_TOKENS, MAX_RANK, prefers_single
 
 if TYPE_CHECKING:
+    from .bottleneck import bottleneck_up, bottleneck_up_backward
     from .decode import dora_decode, lora_decode
     from .dora import dora_backward, dora_forward
-    from .expand import dora_forward_expand, expand_add_, expand_scale_, lora_forward_expand
+    from .expand import dora_forward_expand, expand_add, expand_add_, expand_scale_, lora_forward_expand
     from .factored_norm import row_norm
     from .gemm import serves_tma
     from .glu import glu_backward, glu_forward
@@ -29,11 +30,14 @@ __all__ = [
     "MAX_DECODE_TOKENS",
     "MAX_RANK",
     "Projection",
+    "bottleneck_up",
+    "bottleneck_up_backward",
     "dora_backward",
     "dora_decode",
     "dora_forward",
     "dora_forward_expand",
     "dora_forward_single",
+    "expand_add",
     "expand_add_",
     "expand_scale_",
     "glu_backward",
@@ -54,11 +58,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "bottleneck_up": "bottleneck",
+    "bottleneck_up_backward": "bottleneck",
     "dora_backward": "dora",
     "dora_decode": "decode",
     "dora_forward": "dora",
     "dora_forward_expand": "expand",
     "dora_forward_single": "single",
+    "expand_add": "expand",
     "expand_add_": "expand",
     "expand_scale_": "expand",
     "glu_backward": "glu",

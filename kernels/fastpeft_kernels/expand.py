@@ -25,6 +25,7 @@ from .primitives import grouped_tile, load_row_scale, low_product
 
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
 def expand_kernel(
+    p_base: tl.tensor,
     p_y: tl.tensor,
     p_l: tl.tensor,
     p_r: tl.tensor,
@@ -53,7 +54,10 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """One program, one tile of y [M, N] and z, contiguous; L [M, R], R [R, N]. Each element is read once."""
+    """One program, one tile of y [M, N] and z, made of base, all contiguous; L [M, R], R [R, N].
+
+    Each element of base is read once, before its place is written: y may be the same memory.
+    """
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,7 +66,7 @@ def expand_kernel(
     o_y = o_m[:, None] * N + o_n[None, :]
     m_y = m_m[:, None] & m_n[None, :]
 
-    b_y = tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)
+    b_y = tl.load(p_base + o_y, mask=m_y, other=0.0).to(tl.float32)
     b_low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_low = low_product(
         b_low, p_l, p_r, o_m, m_m, o_n, m_n, R, stride_lm, stride_lr, stride_rr, stride_rn, BLOCK_R
@@ -112,7 +116,7 @@ def expand_scale_(
         raise ValueError(
             f"expected a contiguous z {list(y.shape)} in {y.dtype}, got {list(z.shape)} in {z.dtype}"
         )
-    return _launch(y, S, lora_B.t(), float(scaling), bias, magnitude, norm, z, 0.0, None)
+    return _launch(y, y, S, lora_B.t(), float(scaling), bias, magnitude, norm, z, 0.0, None)
 
 
 def expand_add_(
@@ -132,10 +136,25 @@ def expand_add_(
     """
     if dropout_p > 0.0 and seed is None:
         raise ValueError("dropout needs `seed`, a one-element int64 tensor on out's device")
-    return _launch(out, low, right, float(scale), None, None, None, None, dropout_p, seed)
+    return _launch(out, out, low, right, float(scale), None, None, None, None, dropout_p, seed)
+
+
+def expand_add(base: Tensor, low: Tensor, right: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`base + scale * (low right) + bias` as a new tensor: a bottleneck on a layer's output, its residual.
+
+    Args:
+        base: [M, N], contiguous; fp32, fp16 or bf16. It is read once and left as it is.
+        low: [M, r] in base's dtype, any strides and any r.
+        right: [r, N], in base's dtype or fp32; converted in registers.
+        scale: a run-time number, applied in fp32.
+        bias: [N] of any floating dtype.
+    """
+    y = launch.empty(base.shape, base.dtype, base)
+    return _launch(base, y, low, right, float(scale), bias, None, None, None, 0.0, None)
 
 
 def _launch(
+    base: Tensor,
     y: Tensor,
     low: Tensor,
     right: Tensor,
@@ -148,10 +167,10 @@ def _launch(
     seed: Tensor | None,
 ) -> Tensor:
     (m, n), r = y.shape, low.shape[1]
-    if low.shape[0] != m or right.shape != (r, n) or low.dtype != y.dtype or not y.is_contiguous():
+    if low.shape[0] != m or right.shape != (r, n) or low.dtype != y.dtype or not base.is_contiguous():
         raise ValueError(
             f"expected a contiguous [M, N] tensor, [M, r] in its dtype and [r, N]; got {list(y.shape)} with "
-            f"strides {y.stride()}, {list(low.shape)} in {low.dtype} under {y.dtype}, {list(right.shape)}"
+            f"strides {base.stride()}, {list(low.shape)} in {low.dtype} under {y.dtype}, {list(right.shape)}"
         )
     if m == 0:
         return y
@@ -159,6 +178,7 @@ def _launch(
     grid = (launch.cdiv(m, config.block_m) * launch.cdiv(n, config.block_n),)
     with launch.on_device(y):
         expand_kernel[grid](
+            base,
             y,
             low,
             right,

@@ -64,6 +64,7 @@ class Layer:
         yield self.case(partial(expand.expand_scale_, y, low, lora_B, 2.0, bias), "lora")
         right = meta(r, n, dtype=lora_B.dtype)
         yield self.case(partial(expand.expand_add_, y, low, right, 1.1, 0.1, self.seed), "dx drop")
+        yield self.case(partial(expand.expand_add, y, low, lora_B.t(), 2.0, bias), "bottleneck")
 
 
 def cases(target: str) -> Iterator[Case]:

@@ -132,7 +132,10 @@ class _Moved(nn.Module):
 class _MovedLinear(_Moved):
     is_transposed = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(input)
+
+    def _product(self, x: Tensor) -> Tensor:
         slot: Slot = self.__dict__[_SLOT]
         if slot.is_off:
             result: Tensor = self.kind.forward(self, x)
@@ -154,18 +157,21 @@ class _MovedLinear(_Moved):
 class _MovedConv1D(_MovedLinear):
     is_transposed = True
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
 
 class _MovedEmbedding(_Moved):
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         slot: Slot = self.__dict__[_SLOT]
         module: Any = self
         if slot.is_off or module.max_norm is not None or module.scale_grad_by_freq:
-            result: Tensor = self.kind.forward(self, ids)
+            result: Tensor = self.kind.forward(self, input)
             return result
         base, padding = module._parameters["weight"], module.padding_idx
         operands = slot.subspace[0].operands(slot.scale["weight"], base)
         padding = -1 if padding is None else padding
-        return subspace_embedding(ids, base, *operands, slot.first["weight"], padding)
+        return subspace_embedding(input, base, *operands, slot.first["weight"], padding)
 
 
 _MADE: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}

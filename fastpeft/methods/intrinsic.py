@@ -44,6 +44,10 @@ class IntrinsicDimension:
     theta_d begins at 0, so the model begins as its base. It is kept in fp32 over a 16-bit base, in which a
     step of it may round to nothing: W is rounded after the sum.
 
+    Every forward computes W anew, and every backward: for inference call :func:`fastpeft.merge`, after which
+    the model costs what its base costs. ``torch.compile`` takes the ops whole; sharded weights (FSDP2) are
+    untried.
+
     Attributes:
         d: how many numbers train; with ``structure_aware`` the modules' scales are among them.
         projection: ``"fastfood"``, a structured stand-in for a dense normal P, or ``"hashed"``, where each

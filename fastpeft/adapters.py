@@ -22,7 +22,7 @@ from fastpeft.methods.linears import LinearMethod, adapter_layers, build_layers,
 from fastpeft.methods.lora import is_rewritten
 from fastpeft.methods.registry import as_config, is_ours, method_of
 from fastpeft.patching import restore_layer, set_submodule
-from fastpeft.state import PatchState, require_state
+from fastpeft.state import PatchState, find_state, require_state
 from fastpeft.targets import listed, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -283,7 +283,12 @@ def merge(model: ModelT, names: str | Sequence[str] | None = None, *, keep_base:
         PatchError: the model is not patched or is merged, an adapter is unknown, a weight is quantised or
             tied to a module outside the adapter, or a merged weight is not finite. No weight is changed.
     """
-    state = _state(model, "merge")
+    state = _state(model, "merge", by_name=not _merges_whole(model))
+    if _merges_whole(model):
+        if names is not None:
+            raise PatchError(f"merge: the model's adapter has no name, expected None, got {names!r}")
+        method_of(state.configs[state.owner]).merge(model, keep_base=keep_base)
+        return model
     _refuse_merged(model, "merge")
     chosen = active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(names)
     _known(state, chosen, "merge")
@@ -310,7 +315,10 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         PatchError: the model is not patched, not merged, or was merged with ``keep_base=False``.
     """
-    _state(model, "unmerge")
+    state = _state(model, "unmerge", by_name=not _merges_whole(model))
+    if _merges_whole(model):
+        method_of(state.configs[state.owner]).unmerge(model)
+        return model
     merged = [(path, layer) for path, layer in adapter_layers(model) if layer.merged_adapters]
     if not merged:
         raise PatchError("unmerge: nothing is merged")
@@ -319,6 +327,11 @@ def unmerge(model: ModelT) -> ModelT:
     for _, layer in merged:
         layer.unmerge()
     return model
+
+
+def _merges_whole(model: nn.Module) -> bool:
+    state = find_state(model) if isinstance(model, nn.Module) else None
+    return state is not None and method_of(state.configs[state.owner]).merges_whole
 
 
 def _state(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:

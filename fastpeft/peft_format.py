@@ -48,9 +48,9 @@ def to_peft_config(model: nn.Module, state: PatchState, name: str) -> dict[str, 
     config = state.configs[name]
     method = method_of(config)
     content = {
+        "task_type": next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
         **method.content(model, config, name),
         "peft_type": method.peft_type,
-        "task_type": next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
         "base_model_name_or_path": base_model_name(model) or None,
         "inference_mode": True,
         "modules_to_save": list(config.modules_to_save) or None,

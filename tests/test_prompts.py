@@ -185,11 +185,11 @@ def test_embeddings_as_input_are_the_ids():
 @pytest.mark.parametrize(
     ("make", "config", "said"),
     [
-        (architectures.ARCHITECTURES["t5"][0], PrefixTuning(num_virtual_tokens=2), "T5.* is none"),
+        (architectures.ARCHITECTURES["whisper"][0], PrefixTuning(num_virtual_tokens=2), "Whisper.* is none"),
         (lambda: torch.nn.Linear(2, 2), PromptTuning(num_virtual_tokens=2), "and Linear is none"),
         (llama, PromptTuning(num_virtual_tokens=2, modules_to_save=["score"]), "matches score"),
     ],
-    ids=["encoder-decoder", "no-config", "to-save"],
+    ids=["speech", "no-config", "to-save"],
 )
 def test_refusals_leave_the_model_alone(make, config, said):
     model = make()
@@ -257,7 +257,7 @@ def test_folders_that_do_not_fit_change_nothing(tmp_path):
     content = json.loads(file.read_text())
     for change, said in (
         ({"num_virtual_tokens": 6}, "declares 6 virtual tokens"),
-        ({"num_transformer_submodules": 2}, "is for decoders"),
+        ({"num_transformer_submodules": 2}, "has no encoder and decoder"),
     ):
         file.write_text(json.dumps({**content, **change}))
         with pytest.raises(fastpeft.CheckpointError, match=said):

@@ -57,9 +57,14 @@ def shape_of(linear: nn.Module) -> Shape:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D itself, whose weight is [in, out]."""
+    return is_conv1d_class(type(module))
+
+
+def is_conv1d_class(kind: type[nn.Module]) -> bool:
+    """Whether a class is transformers' Conv1D itself."""
     # A Conv1D exists only where its module has been imported already.
     owner = sys.modules.get("transformers.pytorch_utils")
-    return owner is not None and type(module) is owner.Conv1D
+    return owner is not None and kind is owner.Conv1D
 
 
 def is_conv1d_like(module: nn.Module) -> bool:

@@ -53,12 +53,14 @@ class Method(ABC):
         peft_type: the method's name in ``adapter_config.json``, PEFT's where it has the method.
         pefts_targets: of PEFT's table of ``target_modules`` by model type, for its own objects; "" if none.
         has_names: whether several adapters can stand side by side and be switched and merged.
+        merges_whole: whether its only adapter, without a name, can be merged: :meth:`merge`.
     """
 
     config: type[Any]
     peft_type: str
     pefts_targets: ClassVar[str] = ""
     has_names: ClassVar[bool] = False
+    merges_whole: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, model: nn.Module, config: Any, name: str, *, allow_unmatched: bool) -> Plan:
@@ -81,6 +83,22 @@ class Method(ABC):
     def switches(self, model: nn.Module) -> list[Any]:
         """Return what has an ``adapters_enabled`` to turn adapters off by; by default there is nothing."""
         return []
+
+    def merge(self, model: nn.Module, *, keep_base: bool) -> None:
+        """Write what was learned into the base weights, where :attr:`merges_whole`.
+
+        Raises:
+            PatchError: it is merged, or a merged weight is not finite; nothing is changed.
+        """
+        raise NotImplementedError
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Undo :meth:`merge`, to the bit.
+
+        Raises:
+            PatchError: nothing is merged, or the base was not kept.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
     prefix tuning   keys [P_K ; K] and values [P_V ; V] in every layer, P from rows or from an MLP over rows
     prompt tuning   embeddings [P ; E] below the first layer
 
-For decoders of transformers' classes. The files are PEFT's: the rows alone, also of a prefix that was trained
-through an MLP, which is there for training only.
+For decoders and encoder-decoder models of transformers' classes. The files are PEFT's: the rows alone, also
+of a prefix that was trained through an MLP, which is there for training only. Beside an encoder the prefix
+stands in the decoder's self-attention and the prompt before the encoder's input, as PEFT 0.21 has it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,26 @@ from torch import Tensor, nn
 from fastpeft import fields
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
-from fastpeft.layers.prompts import CHILD, PrefixEncoder, PromptEncoder, attach, detach
+from fastpeft.layers.prompts import (
+    CHILD,
+    PrefixEncoder,
+    PromptEncoder,
+    attach,
+    detach,
+    is_encoder_decoder,
+)
 from fastpeft.methods.method import Differences, Method, Plan
 from fastpeft.patch_report import ModuleReport
 
 _KEY = "prompt_embeddings"  # of the one tensor in a file
 # What PEFT writes of the model's own sizes.
-_SIZES = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+_SIZES = ("token_dim", "num_attention_heads", "num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
     num_virtual_tokens: int
+    num_transformer_submodules: int | None = None
     modules_to_save: tuple[str, ...] = ()
 
     peft_type: ClassVar[str]
@@ -41,6 +50,10 @@ class _Prompt:
 
     def __post_init__(self) -> None:
         fields.check_count("num_virtual_tokens", self.num_virtual_tokens)
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ConfigError(
+                f"num_transformer_submodules: expected 1, 2 or None, got {self.num_transformer_submodules!r}"
+            )
         names = fields.names("modules_to_save", self.modules_to_save or ())
         object.__setattr__(self, "modules_to_save", names)
 
@@ -57,8 +70,6 @@ class _Prompt:
         ours = {f.name for f in dataclasses.fields(cls)}
         if unsupported := fields.not_honoured(values, (*ours, *_SIZES, *cls.own_fields)):
             raise ConfigError(f"{cls.__name__} does not honour: {', '.join(unsupported)}")
-        if values.get("num_transformer_submodules") not in (None, 1):
-            raise ConfigError(f"{cls.__name__} is for decoders, num_transformer_submodules=1")
         values["modules_to_save"] = fields.trained_heads(values)
         return cls(**{name: value for name, value in values.items() if name in ours and value is not None})
 
@@ -73,6 +84,9 @@ class PrefixTuning(_Prompt):
             result.
         encoder_hidden_size: of the MLP; default: as many as the keys of a layer have.
         init_weights: ``"zero"`` starts with keys and values of zero, None at random.
+        num_transformer_submodules: 1 for decoders, 2 beside an encoder, where layer l of the decoder takes
+            the keys and values of layer ``2 l mod layers`` and cross-attention none, as in PEFT 0.21; None
+            for what the model is.
         modules_to_save: modules trained whole and saved with the prefix: every one whose path ends so.
 
     Raises:
@@ -103,6 +117,8 @@ class PromptTuning(_Prompt):
     Attributes:
         num_virtual_tokens: how many.
         prompt_tuning_init: ``"RANDOM"``, or ``"SAMPLE_VOCAB"`` for embeddings of random tokens.
+        num_transformer_submodules: 1 for decoders. Beside an encoder 2, which is PEFT's default, has as many
+            rows again that play no part, and 1 leaves them out; None for PEFT's default.
         modules_to_save: modules trained whole and saved with the prompt: every one whose path ends so.
 
     Raises:
@@ -140,6 +156,7 @@ class PromptMethod(Method):
             PatchError: it is no decoder whose sizes its configuration tells.
         """
         layers, heads, head_dim, token_dim = _sizes(model)
+        parts = _submodules(model, config)
         like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         kind: dict[str, Any] = {
             "dtype": torch.float64 if like.dtype is torch.float64 else torch.float32,
@@ -150,17 +167,19 @@ class PromptMethod(Method):
             features = heads * head_dim
             hidden = (config.encoder_hidden_size or features) if config.prefix_projection else None
             shape = layers, heads, head_dim
-            encoder = PrefixEncoder(config.num_virtual_tokens, shape, features, hidden, **kind)
+            encoder = PrefixEncoder(
+                config.num_virtual_tokens, shape, features, hidden, is_crossed=parts == 2, **kind
+            )
             if config.init_weights == "zero":
                 last = encoder.embedding if encoder.transform is None else encoder.transform[-1]
                 for parameter in last.parameters():
                     nn.init.zeros_(parameter)
             what = f"{layers} layers of keys and values" + (", by an MLP" if hidden else "")
         else:
-            encoder = PromptEncoder(config.num_virtual_tokens, token_dim, token_dim, None, **kind)
+            encoder = PromptEncoder(config.num_virtual_tokens, token_dim, token_dim, None, sets=parts, **kind)
             if config.prompt_tuning_init == "SAMPLE_VOCAB":
                 table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-                chosen = torch.randint(len(table), (config.num_virtual_tokens,))
+                chosen = torch.randint(len(table), (config.num_virtual_tokens * parts,))
                 encoder.embedding.weight.data.copy_(table.detach()[chosen.to(table.device)])
             what = "embeddings"
         report = ModuleReport(CHILD, "patched", f"{config.num_virtual_tokens} virtual tokens, {what}")
@@ -186,7 +205,9 @@ class PromptMethod(Method):
             **dataclasses.asdict(config),
             "num_layers": layers,
             "num_attention_heads": heads,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": _submodules(model, config),
+            # PEFT puts virtual tokens before an encoder-decoder model by the class of the task alone.
+            **({"task_type": "SEQ_2_SEQ_LM"} if is_encoder_decoder(model) else {}),
             "token_dim": heads * head_dim if isinstance(config, PrefixTuning) else token_dim,
         }
 
@@ -205,10 +226,13 @@ class PromptMethod(Method):
         """There are as many rows as the configuration says."""
         if _KEY not in tensors:
             raise CheckpointError(f"{path / WEIGHTS_NAME}: holds no {_KEY}")
-        rows = list(tensors[_KEY].shape)
-        if rows[:1] != [config.num_virtual_tokens]:
+        rows, sets = list(tensors[_KEY].shape), 1
+        if isinstance(config, PromptTuning):
+            sets = config.num_transformer_submodules or 1
+        if rows[:1] != [config.num_virtual_tokens * sets]:
+            times = f" for each of {sets} submodules" if sets > 1 else ""
             raise CheckpointError(
-                f"{path}: {CONFIG_NAME} declares {config.num_virtual_tokens} virtual tokens, "
+                f"{path}: {CONFIG_NAME} declares {config.num_virtual_tokens} virtual tokens{times}, "
                 f"{WEIGHTS_NAME} holds {_KEY} {rows}"
             )
 
@@ -220,17 +244,45 @@ class PromptMethod(Method):
         return ["the model's prefix is made by an MLP, the folder holds the result of one; unpatch it first"]
 
 
+def _submodules(model: nn.Module, config: _Prompt) -> int:
+    """How many of PEFT's "submodules" the virtual tokens are for.
+
+    Raises:
+        PatchError: the model does not have them.
+    """
+    beside_encoder = is_encoder_decoder(model)
+    number = config.num_transformer_submodules or (2 if beside_encoder else 1)
+    if number == 2 and not beside_encoder:
+        raise PatchError(
+            f"num_transformer_submodules: {type(model).__name__} has no encoder and decoder, expected 1 or "
+            "None, got 2"
+        )
+    if number == 1 and beside_encoder and isinstance(config, PrefixTuning):
+        raise PatchError(
+            "num_transformer_submodules: a prefix beside an encoder is for both, expected 2 or None, got 1"
+        )
+    return number
+
+
 def _sizes(model: nn.Module) -> tuple[int, int, int, int]:
     """(layers, heads of keys, features of a head, width) of a decoder."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None)
-    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
-    has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    if not (heads and layers and width and has_cache) or getattr(config, "is_encoder_decoder", False):
+    if beside_encoder := is_encoder_decoder(model) and hasattr(model, "get_decoder"):
+        config = getattr(model.get_decoder(), "config", config)  # type: ignore[operator]
+    elif hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    width, head_dim = getattr(config, "hidden_size", None), getattr(config, "head_dim", None)
+    if beside_encoder:
+        named = (getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers"))
+        layers = next((number for number in named if number), layers)
+        heads = getattr(config, "decoder_attention_heads", None) or heads
+        head_dim = getattr(config, "d_kv", None) or head_dim
+    parameters = inspect.signature(model.forward).parameters
+    takes_tokens = not is_encoder_decoder(model) or {"input_ids", "decoder_input_ids"} <= set(parameters)
+    if not (heads and layers and width and "past_key_values" in parameters and takes_tokens):
         raise PatchError(
-            "virtual tokens are for decoders with a cache, whose configuration tells their sizes, "
-            f"and {type(model).__name__} is none"
+            "virtual tokens are for decoders with a cache, alone or beside an encoder of tokens, whose "
+            f"configuration tells their sizes, and {type(model).__name__} is none"
         )
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    return layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, width
+    return layers, getattr(config, "num_key_value_heads", None) or heads, head_dim or width // heads, width

@@ -10,6 +10,7 @@ from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
+from fastpeft.methods.intrinsic import IntrinsicDimensionMethod
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
 from fastpeft.methods.prompts import PrefixTuning, PromptMethod, PromptTuning
@@ -23,6 +24,7 @@ METHODS: tuple[Method, ...] = (
     BottleneckMethod(ParallelAdapter),
     PromptMethod(PrefixTuning),
     PromptMethod(PromptTuning),
+    IntrinsicDimensionMethod(),
 )
 
 

@@ -120,7 +120,8 @@ def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Metho
 
 def _adapters(config: Any) -> str:
     name = "DoRA" if getattr(config, "use_dora", False) else type(config).__name__
-    return f"{name} r={config.r}" if hasattr(config, "r") else name
+    size = next((f" {field}={getattr(config, field)}" for field in ("r", "d") if hasattr(config, field)), "")
+    return name + size
 
 
 def _scheduled(schedule: Schedule) -> str:

@@ -33,6 +33,7 @@ from fastpeft.errors import (
 from fastpeft.loraplus import loraplus_groups
 from fastpeft.methods.bitfit import BitFit
 from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
+from fastpeft.methods.ln_lora import LNLoRA
 from fastpeft.methods.prompts import PrefixTuning, PromptTuning
 from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "FastPeftError",
+    "LNLoRA",
     "LayerSparse",
     "LayerSparseAdamW",
     "LayerSparseError",

@@ -10,6 +10,7 @@ from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
+from fastpeft.methods.ln_lora import LNLoRAMethod
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
 from fastpeft.methods.prompts import PrefixTuning, PromptMethod, PromptTuning
@@ -18,6 +19,7 @@ from fastpeft.methods.vera import VeRAMethod
 METHODS: tuple[Method, ...] = (
     LoRAMethod(),
     VeRAMethod(),
+    LNLoRAMethod(),
     BitFitMethod(),
     BottleneckMethod(SeriesAdapter),
     BottleneckMethod(ParallelAdapter),

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from errors import InputError
 from methods import METHODS
 from options import ROOT
 from report import say
+from results import Results
 
 MIB = 2**20
 WARMUP = 0.1  # of the steps; constant after it, so that a longer run begins as a shorter one does
@@ -123,31 +123,6 @@ class Run:
             loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         del loss
         return sum(kept.values())
-
-
-class Results:
-    """What is known so far, kept in a file."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        self.found: dict[str, Any] = {"settings": settings}
-        if path.is_file():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            if earlier.get("settings") != settings:
-                raise InputError(
-                    f"{path}: made with other settings, {earlier.get('settings')}; give another --out"
-                )
-            self.found = earlier
-
-    def get(self, *keys: str, make: Callable[[], Any]) -> Any:
-        """What is under these keys, made and written down if it is not there yet."""
-        place = self.found
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        if keys[-1] not in place:
-            place[keys[-1]] = make()
-            self._path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        return place[keys[-1]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

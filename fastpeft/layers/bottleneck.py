@@ -1,4 +1,4 @@
-"""A series or parallel adapter on any module: its parameters, and the hook that puts it on the output."""
+"""A series or parallel adapter on any module."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.errors import ShapeError
+from fastpeft.layers.attached import AttachedAdapter
 from fastpeft.ops.bottleneck import NonLinearity, bottleneck
 
 CHILD = "bottleneck_adapter"  # the adapter's name in the module it is on
 
 
-class BottleneckAdapter(nn.Module):
+class BottleneckAdapter(AttachedAdapter):
     """``output + scaling (act(z D^T + d) U^T + u)`` with z the output (series) or the input (parallel).
 
     U, u and d start at zero, so that a model starts as its base; D Kaiming-uniform.
@@ -30,9 +30,7 @@ class BottleneckAdapter(nn.Module):
         device: likewise.
     """
 
-    # What is added is multiplied by it for the moment (fastpeft.sparse.suppression).
-    response: Tensor | None = None
-    adapters_enabled = True
+    child = CHILD
 
     def __init__(
         self,
@@ -78,40 +76,3 @@ class BottleneckAdapter(nn.Module):
         kind = "series" if self.in_series else "parallel"
         scaling = "" if self.scaling == 1.0 else f", scaling={self.scaling:g}"
         return f"{kind}, {in_features} to {size} to {self.up.shape[0]}, {self.non_linearity}{scaling}"
-
-
-def attach(module: nn.Module, adapter: BottleneckAdapter) -> None:
-    """Put an adapter on a module's output."""
-    module.add_module(CHILD, adapter)
-    module.register_forward_hook(_adapted, with_kwargs=True)
-
-
-def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`."""
-    del module._modules[CHILD]
-    for identity in [i for i, hook in module._forward_hooks.items() if hook is _adapted]:
-        del module._forward_hooks[identity]
-        module._forward_hooks_with_kwargs.pop(identity, None)
-
-
-def _adapted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return the output, or the first tensor of a tuple of them, with the adapter."""
-    adapter: Any = module._modules[CHILD]
-    if not adapter.adapters_enabled:
-        return output
-    given = None if adapter.in_series else _first_tensor((*args, *kwargs.values()), module, "input")
-    if isinstance(output, Tensor):
-        return adapter(output, given)
-    if isinstance(output, tuple):
-        return (adapter(_first_tensor(output[:1], module, "output"), given), *output[1:])
-    raise ShapeError(
-        f"{adapter}: expected {type(module).__name__} to return a tensor or a tuple that begins with one, "
-        f"got {type(output).__name__}"
-    )
-
-
-def _first_tensor(values: tuple[Any, ...], module: nn.Module, what: str) -> Tensor:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise ShapeError(f"the adapter on {type(module).__name__} found no tensor in its {what}")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fastpeft import fields
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
-from fastpeft.layers.bottleneck import CHILD, BottleneckAdapter, attach, detach
+from fastpeft.layers.attached import attach, detach
+from fastpeft.layers.bottleneck import CHILD, BottleneckAdapter
 from fastpeft.layers.kinds import is_linear_like, shape_of
 from fastpeft.methods.method import PREFIX, Differences, Method, Plan
 from fastpeft.methods.mlps import find_mlps, width_of
@@ -132,7 +133,7 @@ class BottleneckMethod(Method):
     def detach(self, model: nn.Module) -> None:
         """Take the adapters off."""
         for path, _ in list(bottleneck_adapters(model)):
-            detach(model.get_submodule(path))
+            detach(model.get_submodule(path), CHILD)
 
     def switches(self, model: nn.Module) -> list[Any]:
         """The adapters."""

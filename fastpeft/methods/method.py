@@ -100,6 +100,10 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def why_not(self, verb: str) -> str:
+        """Return why a verb for named adapters is refused, where the method has none."""
+        return f"the model is patched with {self.config.__name__}, whose values have no names"
+
     @abstractmethod
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """Return what an adapter's file holds besides the base's own Parameters, by its key there."""

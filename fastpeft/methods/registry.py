@@ -11,6 +11,7 @@ from fastpeft.errors import ConfigError
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
 from fastpeft.methods.intrinsic import IntrinsicDimensionMethod
+from fastpeft.methods.ln_lora import LNLoRAMethod
 from fastpeft.methods.lora import LoRAMethod
 from fastpeft.methods.method import Method
 from fastpeft.methods.prompts import PrefixTuning, PromptMethod, PromptTuning
@@ -19,6 +20,7 @@ from fastpeft.methods.vera import VeRAMethod
 METHODS: tuple[Method, ...] = (
     LoRAMethod(),
     VeRAMethod(),
+    LNLoRAMethod(),
     BitFitMethod(),
     BottleneckMethod(SeriesAdapter),
     BottleneckMethod(ParallelAdapter),

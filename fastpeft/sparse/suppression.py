@@ -12,9 +12,9 @@ from fastpeft.errors import LayerSparseError
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, Layer
 from fastpeft.layers.adapter import AdapterMixin
-from fastpeft.layers.bottleneck import BottleneckAdapter
+from fastpeft.layers.attached import AttachedAdapter
 
-Carrier = AdapterMixin | BottleneckAdapter | Layer
+Carrier = AdapterMixin | AttachedAdapter | Layer
 
 
 class Responses:
@@ -53,7 +53,7 @@ class Responses:
 
 def _carrier(module: nn.Module) -> Carrier | None:
     """What carries a layer's factor."""
-    if isinstance(module, (AdapterMixin, BottleneckAdapter)):
+    if isinstance(module, (AdapterMixin, AttachedAdapter)):
         return module
     if is_accelerated(module):
         layer: Layer = module.__dict__[LAYER_ATTRIBUTE]

@@ -18,6 +18,7 @@ from fastpeft.adapters import (
     set_adapter,
     unmerge,
 )
+from fastpeft.allocation.allocator import RankAllocator, orthogonal_regularization, update_and_allocate
 from fastpeft.backend import get_backend, set_backend, use_backend
 from fastpeft.checkpoint import hotswap, load, save
 from fastpeft.config import LoRA
@@ -31,6 +32,7 @@ from fastpeft.errors import (
     ShapeError,
 )
 from fastpeft.loraplus import loraplus_groups
+from fastpeft.methods.adalora import AdaLoRA
 from fastpeft.methods.bitfit import BitFit
 from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
 from fastpeft.methods.prompts import PrefixTuning, PromptTuning
@@ -49,6 +51,7 @@ from fastpeft.training_state import load_training, save_training
 __all__ = [
     "IST",
     "LISA",
+    "AdaLoRA",
     "BAdam",
     "BackendError",
     "BitFit",
@@ -65,6 +68,7 @@ __all__ = [
     "PatchReport",
     "PrefixTuning",
     "PromptTuning",
+    "RankAllocator",
     "SeriesAdapter",
     "ShapeError",
     "StaticImportance",
@@ -85,6 +89,7 @@ __all__ = [
     "loraplus_groups",
     "merge",
     "mixed_batch",
+    "orthogonal_regularization",
     "patch",
     "plan",
     "report",
@@ -94,5 +99,6 @@ __all__ = [
     "set_backend",
     "unmerge",
     "unpatch",
+    "update_and_allocate",
     "use_backend",
 ]

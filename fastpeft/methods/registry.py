@@ -8,6 +8,7 @@ from typing import Any
 from fastpeft import fields
 from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
+from fastpeft.methods.adalora import AdaLoRAMethod
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
 from fastpeft.methods.lora import LoRAMethod
@@ -18,6 +19,7 @@ from fastpeft.methods.vera import VeRAMethod
 METHODS: tuple[Method, ...] = (
     LoRAMethod(),
     VeRAMethod(),
+    AdaLoRAMethod(),
     BitFitMethod(),
     BottleneckMethod(SeriesAdapter),
     BottleneckMethod(ParallelAdapter),

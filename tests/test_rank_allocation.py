@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,7 @@ RUN = {
     "deltaT": 2,
     "orth_reg_weight": 0.1,
 }
+ROOT = Path(__file__).parent.parent
 LAYERS = 14  # of the tiny Llama
 
 
@@ -232,7 +237,7 @@ def test_without_an_optimiser():
 
 
 def test_scaled_gradients():
-    """A fused optimiser is given them as they are, and skips the step where one is not finite."""
+    """A fused optimiser divides by the scale itself, and skips the step where one is not finite."""
     found = []
     for scale in (None, 1024.0):
         model = ours(llama, **RUN).train()
@@ -357,6 +362,22 @@ def test_refusals_change_nothing(tmp_path):
     allocator.remove()
     assert "adalora" not in optimizer.param_groups[0]
     RankAllocator(model, optimizer).remove()
+
+
+def test_fsdp2_in_two_processes_allocates_as_one_process_does(tmp_path):
+    command = [sys.executable, "-m", "tests.fsdp2_adalora_worker", str(tmp_path / "store")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    workers = [
+        subprocess.Popen([*command, str(rank)], env=environment, cwd=ROOT, **pipes) for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    assert all("same ranks" in output for output in outputs), outputs
 
 
 def arguments(folder, **options):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft.allocation import record, scores
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
-from fastpeft.layers.adalora import KINDS
+from fastpeft.layers.adalora import KINDS, matrices_of
 from fastpeft.methods.adalora import AdaLoRA, adalora_layers, ranks_of
 from fastpeft.ops.orthogonality import orthogonality
 from fastpeft.sparse.controller import is_no_training, unwrapped
@@ -80,7 +80,6 @@ class RankAllocator:
         self.steps = 0
         self.optimizer = optimizer
         self._hooks: list[Any] = []
-        self._scale: Tensor | None = None  # what the gradients are multiplied by
         if optimizer is not None:
             self._attach(optimizer)
 
@@ -136,7 +135,7 @@ class RankAllocator:
         """Take the gradients into the scores, and no more; False where there are no gradients."""
         config = self.config
         betas = (config.beta1, config.beta2)
-        return scores.update_scores(self._ranks, self._parameters(), betas, self._scale) > 0
+        return scores.update_scores(self._ranks, self._parameters(), betas) > 0
 
     def score_tensors(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the scores' tensors, each with its parameter."""
@@ -227,11 +226,11 @@ class RankAllocator:
         self._after_loading(optimizer) if loaded else self._write_record(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # GradScaler leaves it to a fused optimiser to divide the gradients by its scale, or to skip the step.
+        # GradScaler leaves it to a fused optimiser to skip a step, and to divide the gradients by its scale,
+        # which torch's do in place: they are what they should be by now.
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         if is_no_training(optimizer) or (skipped is not None and bool(skipped)):
             return
-        self._scale = getattr(optimizer, "grad_scale", None)
         self.update_and_allocate(self.steps)
         self.steps += 1
         self._write_record(optimizer)
@@ -337,8 +336,7 @@ def orthogonal_regularization(model: nn.Module, adapter_name: str | None = None)
     inner = unwrapped(model)
     name = _name(inner, adapter_name)
     layers = adalora_layers(inner, name).values()
-    pairs = [(layer.lora_A[name], layer.lora_B[name].t()) for layer in layers]
-    return orthogonality([matrix for pair in pairs for matrix in pair])
+    return orthogonality([matrix for layer in layers for matrix in matrices_of(layer, name)])
 
 
 def _name(model: nn.Module, name: str | None) -> str:

@@ -41,9 +41,7 @@ def budget_at(config: AdaLoRA, step: int, triplets: int, layers: int) -> tuple[i
 
 
 @torch.no_grad()
-def update_scores(
-    ranks: Ranks, parameters: Parameters, betas: tuple[float, float], scale: Tensor | None = None
-) -> int:
+def update_scores(ranks: Ranks, parameters: Parameters, betas: tuple[float, float]) -> int:
     """Take the gradients into the scores; return how many parameters had one.
 
     One without a gradient (its block does not train now) keeps its last scores.
@@ -52,7 +50,6 @@ def update_scores(
         ranks: the scores; changed.
         parameters: of every layer.
         betas: of the two means.
-        scale: what the gradients have been multiplied by, if they have.
     """
     beta1, beta2 = betas
     scored = [
@@ -70,8 +67,6 @@ def update_scores(
     sensitivity = [ranks.scores[name][0] for name, _, _ in scored]
     uncertainty = [ranks.scores[name][1] for name, _, _ in scored]
     now = torch._foreach_mul([p.detach() for _, p, _ in scored], [g for _, _, g in scored])
-    if scale is not None:
-        torch._foreach_div_(now, float(scale))
     torch._foreach_abs_(now)
     torch._foreach_mul_(sensitivity, beta1)
     torch._foreach_add_(sensitivity, torch._foreach_mul(now, 1 - beta1))
@@ -97,9 +92,9 @@ def triplet_scores(ranks: Ranks, parameters: Parameters) -> Tensor:
 
 def _elements(ranks: Ranks, name: str, like: Tensor) -> Tensor:
     if name not in ranks.scores:
-        return torch.zeros_like(whole(like.detach()))
+        return torch.zeros_like(sharding.gathered(like.detach()))
     sensitivity, uncertainty = ranks.scores[name]
-    return whole(sensitivity * uncertainty)
+    return sharding.gathered(sensitivity * uncertainty)
 
 
 @torch.no_grad()
@@ -124,11 +119,6 @@ def mask(triplets: Sequence[nn.Parameter], kept: Tensor) -> None:
     for E, stays in zip(triplets, parts, strict=True):
         goes = ~stays[:, None].to(E.device)
         if sharding.is_sharded([E]):
-            sharding.copy_into(E, whole(E.detach()).masked_fill(goes, 0.0))
+            sharding.copy_into(E, sharding.gathered(E.detach()).masked_fill(goes, 0.0))
         else:
             E.masked_fill_(goes, 0.0)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP2 shards, gathered: a collective call."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft import sharding
 from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.adapter import AdapterMixin, adapter_dtype
 from fastpeft.ops.orthogonality import orthogonality
@@ -105,6 +106,12 @@ class AdaLoRASpec:
         return f"AdaLoRA({rank}, scaling={self.scaling:g}{dropout})"
 
 
+def matrices_of(layer: AdapterMixin, name: str) -> tuple[Tensor, Tensor]:
+    """Return A and B^T [r, features], whose rows are to be orthonormal; whole, where FSDP2 shards them."""
+    A, B = (sharding.gathered(layer.parameter_of(kind, name)) for kind in ("lora_A", "lora_B"))
+    return A, B.t()
+
+
 class OrthogonalLoss:
     """A forward hook that adds the regulariser to the loss which a model in training returns.
 
@@ -130,12 +137,11 @@ class OrthogonalLoss:
 
     def matrices(self) -> list[Tensor]:
         """Return A and B^T of every layer that computes with the adapter now."""
-        found = []
+        found: list[Tensor] = []
         for layer in self.layers:
             is_active = self.name in layer.specs and self.name in layer.active_adapters
             if is_active and layer.adapters_enabled and not layer.merged_adapters:
-                found.append(layer.parameter_of("lora_A", self.name))
-                found.append(layer.parameter_of("lora_B", self.name).t())
+                found += matrices_of(layer, self.name)
         return found
 
     def put_on(self, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from fastpeft.adapters import (
     set_adapter,
     unmerge,
 )
+from fastpeft.allocation.allocator import RankAllocator, orthogonal_regularization, update_and_allocate
 from fastpeft.backend import get_backend, set_backend, use_backend
 from fastpeft.checkpoint import hotswap, load, save
 from fastpeft.config import LoRA
@@ -31,6 +32,7 @@ from fastpeft.errors import (
     ShapeError,
 )
 from fastpeft.loraplus import loraplus_groups
+from fastpeft.methods.adalora import AdaLoRA
 from fastpeft.methods.bitfit import BitFit
 from fastpeft.methods.bottleneck import ParallelAdapter, SeriesAdapter
 from fastpeft.methods.intrinsic import IntrinsicDimension
@@ -51,6 +53,7 @@ from fastpeft.training_state import load_training, save_training
 __all__ = [
     "IST",
     "LISA",
+    "AdaLoRA",
     "BAdam",
     "BackendError",
     "BitFit",
@@ -69,6 +72,7 @@ __all__ = [
     "PatchReport",
     "PrefixTuning",
     "PromptTuning",
+    "RankAllocator",
     "SeriesAdapter",
     "ShapeError",
     "StaticImportance",
@@ -89,6 +93,7 @@ __all__ = [
     "loraplus_groups",
     "merge",
     "mixed_batch",
+    "orthogonal_regularization",
     "patch",
     "plan",
     "report",
@@ -98,5 +103,6 @@ __all__ = [
     "set_backend",
     "unmerge",
     "unpatch",
+    "update_and_allocate",
     "use_backend",
 ]

@@ -84,6 +84,7 @@ def add_adapter(
     state.configs[name] = ours
     _set_flags(model, active_adapters(model))
     fuse_blocks(model)
+    method.attach(model, ours, name)
     return model
 
 

@@ -23,6 +23,12 @@ def whole(parameter: Any) -> Tensor:
     return value.to("cpu").contiguous().clone()
 
 
+def gathered(parameter: Any) -> Tensor:
+    """Return it whole on its own device, for autograd to follow: a collective call where it is sharded."""
+    value: Tensor = parameter.full_tensor() if is_sharded([parameter]) else parameter
+    return value
+
+
 def copy_into(parameter: Any, value: Tensor) -> None:
     """Write a whole value into a parameter, or this rank's part of it."""
     if is_sharded([parameter]):

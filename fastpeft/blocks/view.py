@@ -15,6 +15,7 @@ from fastpeft.in_place.adapters import (
     is_activated,
     is_plain,
     is_replaced,
+    names_in,
     read,
 )
 from fastpeft.in_place.install import is_accelerated
@@ -73,7 +74,7 @@ def _pefts_view(layer: Any, x: Tensor) -> View | None:
         if layer.merged_adapters and layer._disable_adapters:
             return None
     else:
-        known = layer._modules["lora_A"]._modules
+        known = names_in(layer)
         for name in layer.active_adapters:
             if name in known:
                 if is_activated(layer, name):

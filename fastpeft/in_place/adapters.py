@@ -55,9 +55,37 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     return registered[name] if name in registered else getattr(module, name)
 
 
+def names_in(module: Any) -> Any:
+    """Return what the names of a PEFT linear's adapters can be looked up in."""
+    lora_A = module._modules["lora_A"]
+    return lora_A._parameters if isinstance(lora_A, nn.ParameterDict) else lora_A._modules
+
+
+def _read_svd(module: Any, name: str) -> Adapter | str:
+    """AdaLoRA's, whose matrices are bare Parameters (:mod:`fastpeft.layers.adalora`)."""
+    A, E, B = (getattr(module, kind)[name] for kind in ("lora_A", "lora_E", "lora_B"))
+    dropout = module._modules["lora_dropout"]._modules[name]
+    if has_hooks(dropout):
+        return "hooks on lora_dropout"
+    for tensor, what in ((A, "lora_A"), (E, "lora_E"), (B, "lora_B")):
+        if not is_plain(tensor):
+            return f"{what} is {type(tensor).__name__}, not a plain tensor"
+    if A.dim() != 2 or B.dim() != 2 or E.shape != (A.shape[0], 1) or B.shape[1] != A.shape[0]:
+        return "lora_A, lora_E or lora_B is a shard"
+    if A.shape[0] == 0:
+        return "an adapter of rank 0"
+    if (p := probability_of(dropout)) is None:
+        return f"lora_dropout is {dropout}"
+    # The rank that PEFT divides by is a tensor: read as a number, it would stall a GPU at every call.
+    E = E * (module.scaling[name] / (module.ranknum[name] + 1e-5))
+    return Adapter(name, A * E, B, None, 1.0, p, None)
+
+
 def read(module: Any, name: str) -> Adapter | str:
     """Return the adapter ``name`` of a PEFT linear, or why it is PEFT's own business."""
     modules = module._modules
+    if "lora_E" in modules:
+        return _read_svd(module, name)
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     for inner, what in ((lora_A, "lora_A"), (lora_B, "lora_B")):

@@ -38,6 +38,7 @@ _LINEARS = frozenset(
     }
 )
 _LORA = "peft.tuners.lora."
+_ADALORA = "peft.tuners.adalora."
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -122,11 +123,15 @@ def report(model: nn.Module) -> PatchReport:
 def _module_report(path: str, layer: Any) -> ModuleReport:
     if not is_accelerated(layer):
         return ModuleReport(path, "left to PEFT", _why_not(layer) or "its forward was replaced")
-    adapters = [
-        f"{name}: {'DoRA' if layer.use_dora.get(name) else 'LoRA'}(r={layer.r[name]})" for name in layer.r
-    ]
+    adapters = [f"{name}: {_kind_of(layer, name)}(r={layer.r[name]})" for name in layer.r]
     base = type(layer.get_base_layer()).__name__
     return ModuleReport(path, "accelerated", f"{base} with {', '.join(adapters) or 'no adapter'}")
+
+
+def _kind_of(layer: Any, name: str) -> str:
+    if type(layer).__module__.startswith(_ADALORA):
+        return "AdaLoRA"
+    return "DoRA" if layer.use_dora.get(name) else "LoRA"
 
 
 def is_linear_layer(layer: nn.Module) -> bool:
@@ -135,13 +140,15 @@ def is_linear_layer(layer: nn.Module) -> bool:
 
 
 def _is_lora(layer: nn.Module) -> bool:
-    return type(layer).__module__.startswith(_LORA)
+    return type(layer).__module__.startswith((_LORA, _ADALORA))
 
 
 def _forward_for(layer: nn.Module) -> Callable[..., Any] | None:
     if not _is_lora(layer):
         return None
     name = type(layer).__name__
+    if type(layer).__module__.startswith(_ADALORA):
+        return linear_forward if name == "SVDLinear" else None
     return linear_forward if name in _LINEARS else embedding_forward if name == "Embedding" else None
 
 

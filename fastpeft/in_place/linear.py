@@ -18,6 +18,7 @@ from fastpeft.in_place.adapters import (
     is_activated,
     is_plain,
     is_replaced,
+    names_in,
     parameter_of,
     read,
 )
@@ -63,7 +64,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if together is not None:
             layer.calls.count("fused")
             return together
-    known = module._modules["lora_A"]._modules
+    known = names_in(module)
     active = [name for name in module.active_adapters if name in known]
     base = module._modules["base_layer"]
     if not active:
@@ -93,7 +94,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) -> Tensor:
     """Each row of x by the adapter it names; activated LoRA's for its last tokens."""
-    known = module._modules["lora_A"]._modules
+    known = names_in(module)
     adapters = []
     for name in dict.fromkeys(names):
         if name not in known:

@@ -261,9 +261,10 @@ class AdapterMixin(nn.Module):
                 getattr(self, kind)[name].requires_grad_(trains)
 
     def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
-        """Return those adapters of these names (default: the active ones) that the layer has."""
+        """Return those adapters of these names (default: the active ones) that the layer has, of any rank."""
         chosen = self.active_adapters if names is None else names
-        return [self.specs[name].adapter(self, name) for name in chosen if name in self.specs]
+        present = [(name, self.specs[name]) for name in chosen if name in self.specs]
+        return [spec.adapter(self, name) for name, spec in present if spec.r]
 
     def parameter_of(self, kind: str, name: str) -> Tensor:
         """Return ``layer.kind[name]``, past ParameterDict's own lookup, which takes 2 us."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastpeft.blocks.install import fuse_blocks, release_blocks
 from fastpeft.errors import PatchError
+from fastpeft.layers.adalora import hooks_of
 from fastpeft.layers.adapter import AdapterMixin, Spec
 from fastpeft.layers.kinds import adapter_class, is_conv1d_like
 from fastpeft.methods.method import Method, Plan
@@ -47,6 +48,7 @@ class LinearMethod(Method):
             for layer in dict.fromkeys(layers.values()):
                 layer.rewrite_base(name)
             fuse_blocks(model)
+            self.attach(model, config, name)
 
         return Plan(
             replacements=dict(layers),
@@ -75,6 +77,8 @@ class LinearMethod(Method):
                 layer.unmerge()
             layer.restore_base()
         release_blocks(model)
+        for hook in hooks_of(model):
+            hook.take_off()
 
 
 def build_layers(

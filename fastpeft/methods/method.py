@@ -76,6 +76,10 @@ class Method(ABC):
             PatchError: the model and the configuration do not fit.
         """
 
+    def attach(self, model: nn.Module, config: Any, name: str) -> None:
+        """Do what the model as a whole needs, with an adapter's layers in place; :meth:`detach` undoes it."""
+        return
+
     def detach(self, model: nn.Module) -> None:
         """Undo :attr:`Plan.finish`, be it half done, before the original modules return."""
         return

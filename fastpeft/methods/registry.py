@@ -8,6 +8,7 @@ from typing import Any
 from fastpeft import fields
 from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError
+from fastpeft.methods.adalora import AdaLoRAMethod
 from fastpeft.methods.bitfit import BitFitMethod
 from fastpeft.methods.bottleneck import BottleneckMethod, ParallelAdapter, SeriesAdapter
 from fastpeft.methods.intrinsic import IntrinsicDimensionMethod
@@ -21,6 +22,7 @@ METHODS: tuple[Method, ...] = (
     LoRAMethod(),
     VeRAMethod(),
     LNLoRAMethod(),
+    AdaLoRAMethod(),
     BitFitMethod(),
     BottleneckMethod(SeriesAdapter),
     BottleneckMethod(ParallelAdapter),

@@ -102,9 +102,9 @@ def _named(text: str) -> Method:
 def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Method:
     adapters, schedule = method.adapters, method.schedule
     if rank is not None:
-        if adapters is None or not hasattr(adapters := as_config(adapters), "r"):
+        if adapters is None or (field := rank_field(adapters := as_config(adapters))) is None:
             raise ConfigError(f"rank: {method.label} has no rank, expected None, got {rank!r}")
-        adapters = dataclasses.replace(adapters, r=rank)
+        adapters = dataclasses.replace(adapters, **{field: rank})
     if layers is not None:
         if not isinstance(schedule, (LISA, TopK, IST, StaticImportance)):
             raise ConfigError(
@@ -120,8 +120,20 @@ def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Metho
 
 def _adapters(config: Any) -> str:
     name = "DoRA" if getattr(config, "use_dora", False) else type(config).__name__
-    size = next((f" {field}={getattr(config, field)}" for field in ("r", "d") if hasattr(config, field)), "")
-    return name + size
+    field = rank_field(config) or ("d" if hasattr(config, "d") else None)
+    return name if field is None else f"{name} {field}={getattr(config, field)}"
+
+
+def rank_of(method: Method) -> int | None:
+    """Return the rank of a method's adapters."""
+    config = None if method.adapters is None else as_config(method.adapters)
+    field = rank_field(config)
+    return None if field is None else getattr(config, field)
+
+
+def rank_field(config: Any) -> str | None:
+    """Return the field that a configuration has its rank in: AdaLoRA's is what it begins with."""
+    return next((name for name in ("r", "init_r") if hasattr(config, name)), None)
 
 
 def _scheduled(schedule: Schedule) -> str:

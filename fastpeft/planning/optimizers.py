@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft.allocation.allocator import RankAllocator, allocator_of
 from fastpeft.errors import ConfigError
+from fastpeft.methods.adalora import AdaLoRA
 from fastpeft.planning.devices import Device
 from fastpeft.sparse.adamw import LayerSparseAdamW
 from fastpeft.sparse.controller import LayerSparse
 from fastpeft.sparse.schedule import Part, Policy, Schedule
+from fastpeft.state import find_state
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -71,13 +74,29 @@ def checked(optimizer: str | Make) -> str | Make:
     return name
 
 
+class _Scores(RankAllocator):
+    """What AdaLoRA's allocator keeps, without what it decides: a plan's tensors have no values."""
+
+    def _after_step(self, *_: Any) -> None:
+        self.score()
+
+
 def make(
     optimizer: str | Make, model: nn.Module, turns: Turns | None, device: Device
 ) -> tuple[torch.optim.Optimizer, LayerSparse | None]:
-    """Return the optimiser of a model, and the schedule at work on it.
+    """Return the optimiser of a model, and the schedule at work on it."""
+    made, sparse = _make(optimizer, model, turns, device)
+    state = find_state(model)
+    for name, config in ({} if state is None else state.configs).items():
+        if isinstance(config, AdaLoRA) and not config.rank_pattern and allocator_of(made) is None:
+            _Scores(model, made, adapter_name=name)
+    return made, sparse
 
-    torch takes ``foreach`` by itself for tensors that are on a GPU, which those of a plan only stand for.
-    """
+
+def _make(
+    optimizer: str | Make, model: nn.Module, turns: Turns | None, device: Device
+) -> tuple[torch.optim.Optimizer, LayerSparse | None]:
+    # torch takes ``foreach`` by itself for tensors that are on a GPU, which those of a plan only stand for.
     parameters = [p for p in model.parameters() if p.requires_grad]
     if callable(optimizer):
         made = optimizer(model)
@@ -117,4 +136,6 @@ def state_tensors(
     """Return the tensors that an optimiser keeps, each with its parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [(p, optimizer.state.get(p) if sparse is None else sparse.state_of(p)) for p in parameters]
-    return [(p, v) for p, state in states for v in (state or {}).values() if isinstance(v, Tensor)]
+    found = [(p, v) for p, state in states for v in (state or {}).values() if isinstance(v, Tensor)]
+    allocator = allocator_of(optimizer)
+    return found if allocator is None else [*found, *allocator.score_tensors()]

@@ -159,7 +159,7 @@ def plan(
         setting = Setting(
             model=_label(model),
             method=wanted.label,
-            rank=getattr(wanted.adapters, "r", None),
+            rank=methods.rank_of(wanted),
             layers=None if active is None else len(active),
             batch=b,
             sequence=s,

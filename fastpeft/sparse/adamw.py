@@ -224,7 +224,9 @@ class LayerSparseAdamW(torch.optim.AdamW):
         for index, parameter in zip(indices, parameters, strict=True):
             state = self.sparse.state_of(parameter)
             for key, saved in state_dict["state"].get(index, {}).items():
-                if state and isinstance(saved, Tensor) and state[key].dtype is not saved.dtype:
+                if not state or key not in state:  # others' tensors (fastpeft.allocation) are theirs again
+                    continue
+                if isinstance(saved, Tensor) and state[key].dtype is not saved.dtype:
                     state[key] = saved.to(device=state[key].device, copy=True)
 
 

@@ -183,7 +183,7 @@ class LayerSparse:
         self.updates += 1
 
     def _after_step(self, *_: Any) -> None:
-        if self._is_no_training():
+        if is_no_training(self.optimizer):
             return
         if self.steps == 0:
             self._ranks.agree(self._fingerprint(self.active))
@@ -199,13 +199,6 @@ class LayerSparse:
                 self._ranks.agree(self._fingerprint(chosen))
                 self._apply(chosen)
         self.write_record()
-
-    def _is_no_training(self) -> bool:
-        """Whether it was torch.distributed.checkpoint's step, which makes state and moves nothing."""
-        if any(group.get("lr") != 0.0 for group in self.optimizer.param_groups):
-            return False
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        return not any(bool(g.any()) for g in gradients if g is not None)
 
     def _chosen(self) -> tuple[str, ...]:
         places = self.schedule.active(self.interval, self.blocks, self.scores)
@@ -280,6 +273,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def is_no_training(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step was torch.distributed.checkpoint's, which makes state and moves nothing."""
+    if any(group.get("lr") != 0.0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return not any(bool(g.any()) for g in gradients if g is not None)
 
 
 def _parts(given: Sequence[Part]) -> frozenset[Part]:

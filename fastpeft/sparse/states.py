@@ -41,7 +41,8 @@ class Aside:
     def lend(self) -> None:
         """Put every state into the optimiser's for a moment: it is about to be written down."""
         for parameter, state in self._states.items():
-            self._optimizer.state[parameter] = state
+            # Beside what others lend (fastpeft.allocation).
+            self._optimizer.state[parameter] = {**self._optimizer.state.get(parameter, {}), **state}
 
     def end_loan(self) -> None:
         """Take them out again."""

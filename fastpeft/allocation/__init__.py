@@ -1,0 +1,1 @@
+"""AdaLoRA's allocation of ranks: scores, the budget, and who keeps which triplets."""

@@ -1,4 +1,7 @@
-"""Suite `memory`: bytes that the forward pass keeps for backward, PEFT, fastpeft and others, LoRA and DoRA.
+"""Suite `memory`: bytes that the forward pass keeps for backward, PEFT, fastpeft and others, by method.
+
+LoRA and DoRA on one block and on the whole model, with and without dropout; every other method on the whole
+model, with PEFT's beside it where PEFT has one (BitFit on the same model with biases).
 
 Parameters and buffers are alive anyway and not counted; for one block its input is not either. `saved` is
 what autograd holds through its hooks; `live` is what was allocated in the forward pass and outlived it, which
@@ -15,9 +18,10 @@ from functools import partial
 
 import torch
 
-from bench import contenders, options, report, saved, single
+from bench import contenders, method_rows, options, report, saved, single
 from bench.adapter import Adapter
 from bench.blocks import BLOCKS, Problem, Shape
+from bench.method_rows import WITH_BIASES
 from bench.models import DTYPES, WORKLOADS, Workload
 
 Counter = Callable[[], tuple[int, int]]
@@ -30,9 +34,16 @@ class Row:
     name: str
     """Contender."""
     adapter: Adapter | None
-    """None for the frozen base."""
+    """None for the frozen base, and for methods without its fields."""
     count: Counter
     """Builds the contender and counts (saved, live) bytes."""
+    method: str = ""
+    """Of a method without an `Adapter`, its name."""
+
+    @property
+    def side(self) -> str:
+        """Whose it is."""
+        return self.name.partition("-")[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     add("--blocks", choices=BLOCKS, nargs="+", default=["linear"], help="of linear (default), qkv, mlp")
     add("--layer-only", action="store_true", help="leave the whole model out")
     add("--model", choices=WORKLOADS, default="llama-768", help="the whole model (default llama-768)")
+    add("--methods", choices=method_rows.METHODS, nargs="*", default=list(method_rows.METHODS),
+        metavar="NAME", help=f"besides lora and dora, of {', '.join(method_rows.METHODS)} (default: all; "
+        "nothing for none)")  # fmt: skip
     add("--rank", type=options.positive, default=16, help="adapter rank (default 16)")
     add("--dropout", type=options.probability, nargs="+", default=[0.0, 0.1], help="default 0.0 and 0.1")
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default bfloat16)")
@@ -68,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.layer_only:
         workload = WORKLOADS[arguments.model]
         title = f"{arguments.model}, {workload.batch}x{workload.sequence} tokens, {tail}"
-        failed = fill(title, model_rows(workload, dtype, adapters, arguments.device), records) or failed
+        rows = model_rows(workload, dtype, adapters, arguments.methods, arguments.rank, arguments.device)
+        failed = fill(title, rows, records) or failed
     if arguments.json:
         report.write_json(arguments.json, report.command_line("memory", argv), facts, records)
     return int(failed)
@@ -91,7 +106,12 @@ def block_rows(problem: Problem, adapters: Sequence[Adapter]) -> Iterator[Row]:
 
 
 def model_rows(
-    workload: Workload, dtype: torch.dtype, adapters: Sequence[Adapter], device: torch.device
+    workload: Workload,
+    dtype: torch.dtype,
+    adapters: Sequence[Adapter],
+    methods: Sequence[str],
+    rank: int,
+    device: torch.device,
 ) -> Iterator[Row]:
     """The contenders of one whole model."""
     base, ids = workload.build(dtype, device=device), workload.batch_ids(device=device)
@@ -106,19 +126,27 @@ def model_rows(
         for side, builder in contenders.SIDES.items():
             name = f"{side}-{adapter.method}"
             yield Row(name=name, adapter=adapter, count=partial(count, partial(builder, base, ids, adapter)))
+    for method in methods:
+        own = method_rows.base_for(method, workload, dtype, device) if method in WITH_BIASES else base
+        sides = {"peft": method_rows.peft_row} if method in method_rows.PEFT else {}
+        for side, build in {**sides, "fastpeft": method_rows.fastpeft_row}.items():
+            yield Row(name=f"{side}-{method}", adapter=None, method=method,
+                      count=partial(count, partial(build, method, own, ids, rank)))  # fmt: skip
 
 
 def fill(title: str, rows: Iterator[Row], records: list[report.Record]) -> bool:
     """Count and print one table; whether any contender could not run."""
     lines, failures = [], []
     floor = 0
-    peers: dict[Adapter, int] = {}
+    peers: dict[Adapter | str, int] = {}
     todo = list(rows)
     with report.progress(title, len(todo)) as advance:
         for row in todo:
             advance(row.name)
             dropout = row.adapter.dropout if row.adapter else 0.0
             record: report.Record = {"case": title, "contender": row.name, "dropout": dropout}
+            if row.method and row.side != "peft":
+                record["peer"] = f"peft-{row.method}"
             records.append(record)
             try:
                 held, live = row.count()
@@ -127,11 +155,14 @@ def fill(title: str, rows: Iterator[Row], records: list[report.Record]) -> bool:
                 failures.append(f"{row.name}: {record['blocked']}")
                 continue
             record |= {"saved_bytes": held, "live_bytes": live}
-            if row.adapter is not None and row.name.startswith("peft-"):
-                peers[row.adapter] = held
+            key = row.adapter or row.method
+            if key and row.side == "peft":
+                peers[key] = held
             floor = held if row.name == "frozen" else floor
-            peer = peers.get(row.adapter, 0) if row.adapter else 0
-            shares = (f"{held / peer:.1%}", f"{(held - floor) / (peer - floor):.1%}") if peer else ("-", "-")
+            peer = peers.get(key, 0)
+            # A prompt's own rows lie below the first block, where `frozen` has its leaf.
+            beyond = f"{(held - floor) / (peer - floor):.1%}" if peer > floor else "-"
+            shares = (f"{held / peer:.1%}", beyond) if peer else ("-", "-")
             lines.append([row.name, f"{dropout:g}", report.mebibytes(held), report.mebibytes(live), *shares])
     columns = ("contender", "dropout", "saved MiB", "live MiB", "saved / PEFT's", "beyond frozen / PEFT's")
     note = "beyond frozen: what the adapters add to the frozen base's own saved bytes"

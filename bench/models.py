@@ -37,8 +37,15 @@ class Workload:
         """Tokens a step."""
         return self.batch * self.sequence
 
-    def build(self, dtype: torch.dtype, *, seed: int = 0, device: torch.device | None = None) -> nn.Module:
-        """The model with seeded random weights, in training mode."""
+    def build(
+        self,
+        dtype: torch.dtype,
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        biases: bool = False,
+    ) -> nn.Module:
+        """The model with seeded random weights, in training mode; with biases on its linears if wished."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -51,6 +58,8 @@ class Workload:
             tie_word_embeddings=self.tied,
             max_position_embeddings=max(2048, self.sequence),
             use_cache=False,
+            attention_bias=biases,
+            mlp_bias=biases,
             bos_token_id=0,
             eos_token_id=0,
         )

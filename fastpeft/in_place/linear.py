@@ -133,12 +133,17 @@ def _base(module: Any) -> Base:
     own_product = type(base) is nn.Linear and not has_hooks(base) and not is_replaced(base)
 
     def weight() -> Tensor:
-        inner = module.get_base_layer()
-        # By PEFT's own way for every kind of quantisation.
-        numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
-        return numbers.t() if is_conv1d(inner) else numbers
+        return base_weight(module)
 
     return Base(product=base, bias=module.get_base_layer().bias, weight=weight, is_ours=own_product)
+
+
+def base_weight(module: Any) -> Tensor:
+    """Return the weight [out_features, in_features] below a PEFT layer's adapters, as numbers."""
+    inner = module.get_base_layer()
+    # By PEFT's own way for every kind of quantisation.
+    numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
+    return numbers.t() if is_conv1d(inner) else numbers
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

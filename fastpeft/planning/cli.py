@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from fastpeft.errors import FastPeftError
+from fastpeft.errors import FastPeftError, PatchError
 from fastpeft.planning import methods, optimizers
 from fastpeft.planning.building import meta_model
 from fastpeft.planning.devices import DEVICES
+from fastpeft.planning.names import NAMES
 from fastpeft.planning.plan import DTYPES, QUANTITIES, MemoryPlan, Quantity, plan
 from fastpeft.planning.printing import show
 
 EXAMPLES = """
 examples:
   python -m fastpeft plan FOLDER --methods full lora:16 dora:16 lisa:2
+  python -m fastpeft plan FOLDER --methods lora-fa:16 vera:256 bitfit series:256 prefix:20
   python -m fastpeft plan config.json --methods lora --batch 4 --sequence 2048 --layers-table
   python -m fastpeft plan FOLDER --methods lora --fit 24GiB sequence
 """
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("model", metavar="MODEL", help="a folder with config.json, or that file")
     add("--methods", nargs="+", default=["full", "lora", "dora", "lisa"], metavar="METHOD",
-        help=f"of {', '.join(methods.NAMES)}, with a number as in lora:64, lisa:2 (default: full lora dora "
+        help=f"of {', '.join(NAMES)}, with a number as in lora:64, lisa:2 (default: full lora dora "
              "lisa)")  # fmt: skip
     add("--batch", type=int, default=1, help="sequences a step (default 1)")
     add("--sequence", type=int, default=1024, help="tokens a sequence (default 1024)")
@@ -62,26 +64,35 @@ def main(argv: Sequence[str]) -> int:
         wanted = [methods.parse(name) for name in arguments.methods]
         optimizers.checked(arguments.optimizer)
         model = meta_model(arguments.model, DTYPES.get(arguments.dtype), arguments.attention)
-        plans = [
-            plan(
-                model,
-                method,
-                arguments.batch,
-                arguments.sequence,
-                checkpointing=arguments.checkpointing,
-                optimizer=arguments.optimizer,
-                device=arguments.device,
-                fits_in=size,
-                largest=quantity,
-                exact_depth=arguments.exact_depth,
-            )
-            for method in wanted
-        ]
+        plans: list[MemoryPlan] = []
+        unfit: list[PatchError] = []
+        for method in wanted:
+            try:
+                plans.append(
+                    plan(
+                        model,
+                        method,
+                        arguments.batch,
+                        arguments.sequence,
+                        checkpointing=arguments.checkpointing,
+                        optimizer=arguments.optimizer,
+                        device=arguments.device,
+                        fits_in=size,
+                        largest=quantity,
+                        exact_depth=arguments.exact_depth,
+                    )
+                )
+            except PatchError as error:  # a model without biases, say, beside methods that it can have
+                unfit.append(error)
+        if not plans:
+            raise unfit[0]
         if arguments.json != "-":
             show(plans, per_layer=arguments.layers_table)
             for one in plans if size is not None else ():
                 value = largest_value(one, largest)
                 print(f"{one.setting.method}: the largest {largest} that fits in {size} is {value}")
+        for error in unfit:
+            print(f"not planned: {' '.join(str(error).split())}", file=sys.stderr)
         if arguments.json is not None:
             document = json.dumps([as_json(one) for one in plans], indent=2) + "\n"
             sys.stdout.write(document) if arguments.json == "-" else Path(arguments.json).write_text(document)

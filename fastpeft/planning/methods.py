@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ from fastpeft.errors import ConfigError
 from fastpeft.in_place.install import is_peft
 from fastpeft.methods.registry import as_config, is_ours
 from fastpeft.patching import patch
+from fastpeft.planning.names import NAMES, label, named
 from fastpeft.sparse.ist import IST
-from fastpeft.sparse.schedule import LISA, BAdam, Schedule, StaticImportance, TopK
+from fastpeft.sparse.schedule import LISA, Schedule, StaticImportance, TopK
 from fastpeft.state import find_state
-
-NAMES = ("full", "lora", "dora", "lisa", "badam", "topk", "ist")
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,10 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
     """Return the method that ``method`` stands for.
 
     Args:
-        method: None (the model as it is: what requires gradients trains), a name of :data:`NAMES`, perhaps
-            with its rank or number of layers (``"lora:64"``, ``"lisa:2"``), what :func:`fastpeft.patch`
-            takes (:class:`LoRA`, another method's configuration or PEFT's), a schedule, or (configuration,
-            schedule).
+        method: None (the model as it is: what requires gradients trains), a name of
+            :data:`fastpeft.planning.names.NAMES`, perhaps with its number (``"lora:64"``, ``"lisa:2"``), what
+            :func:`fastpeft.patch` takes (:class:`LoRA`, another method's configuration or PEFT's), a
+            schedule, or (configuration, schedule).
         rank: of the adapters, instead of the method's own.
         layers: blocks that train at a time, instead of the schedule's own.
 
@@ -65,38 +63,20 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
     elif method is None:
         found = Method("as it is")
     elif isinstance(method, str):
-        found = _named(method)
+        meant = named(method)
+        found = Method("full", everything=True) if meant is None else parse(meant)
     elif isinstance(method, Schedule):
         found = Method(_scheduled(method), LoRA() if isinstance(method, IST) else None, method)
     elif isinstance(method, (tuple, list)) and len(method) == 2 and isinstance(method[1], Schedule):
-        found = Method(f"{_adapters(as_config(method[0]))}, {_scheduled(method[1])}", *method)
+        found = Method(f"{label(as_config(method[0]))}, {_scheduled(method[1])}", *method)
     elif is_ours(method) or hasattr(method, "peft_type"):
-        found = Method(_adapters(as_config(method)), method)
+        found = Method(label(as_config(method)), method)
     else:
         raise ConfigError(
             f"method: expected one of {', '.join(NAMES)}, a configuration for patch, a schedule, both in a "
             f"pair, or None, got {method!r}"
         )
     return _with_numbers(found, rank, layers)
-
-
-def _named(text: str) -> Method:
-    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text.strip().lower())
-    name, number = (match[1], match[2]) if match else ("", None)
-    count = None if number is None else int(number)
-    if name in ("lora", "dora"):
-        return _with_numbers(parse(LoRA(use_dora=name == "dora")), count, None)
-    if name in ("lisa", "topk", "ist"):
-        schedule: Schedule = {"lisa": LISA, "topk": TopK, "ist": IST}[name]()
-        return _with_numbers(parse(schedule), None, count)
-    if name == "badam" and count is None:
-        return parse(BAdam())
-    if name == "full" and count is None:
-        return Method("full", everything=True)
-    raise ConfigError(
-        f"method: expected one of {', '.join(NAMES)}, with a rank or a number of layers where it has one "
-        f"(lora:64, lisa:2), got {text!r}"
-    )
 
 
 def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Method:
@@ -113,15 +93,9 @@ def _with_numbers(method: Method, rank: int | None, layers: int | None) -> Metho
         schedule = dataclasses.replace(schedule, layers=layers)
     if rank is None and layers is None:
         return method
-    labels = [] if adapters is None else [_adapters(as_config(adapters))]
+    labels = [] if adapters is None else [label(as_config(adapters))]
     labels += [] if schedule is None else [_scheduled(schedule)]
     return Method(", ".join(labels), adapters, schedule, method.everything)
-
-
-def _adapters(config: Any) -> str:
-    name = "DoRA" if getattr(config, "use_dora", False) else type(config).__name__
-    field = rank_field(config) or ("d" if hasattr(config, "d") else None)
-    return name if field is None else f"{name} {field}={getattr(config, field)}"
 
 
 def rank_of(method: Method) -> int | None:

@@ -118,9 +118,9 @@ def plan(
     Args:
         model_or_config: a model (copied without its memory), a transformers configuration, a folder with
             ``config.json``, or that file.
-        method: None (the model as it is: what requires gradients trains); ``"full"``, ``"lora"``,
-            ``"dora"``, ``"lisa"``, ``"badam"``, ``"topk"`` or ``"ist"``, with a number as in ``"lora:64"``
-            and ``"lisa:2"``; what :func:`fastpeft.patch` takes, such as :class:`fastpeft.LoRA`; a schedule;
+        method: None (the model as it is: what requires gradients trains); a name of
+            :data:`fastpeft.planning.names.NAMES`, with a number as in ``"lora:64"``, ``"prefix:20"`` and
+            ``"lisa:2"``; what :func:`fastpeft.patch` takes, such as :class:`fastpeft.LoRA`; a schedule;
             or (configuration, schedule). Of a schedule's choices of blocks the most expensive one counts.
         batch: sequences a step; of a micro-batch, where gradients are accumulated.
         sequence: tokens a sequence, none of them masked.

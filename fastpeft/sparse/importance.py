@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import LayerSparseError
-from fastpeft.sparse.suppression import Responses
+from fastpeft.sparse.suppression import Responses, evaluating
 
 
 class Importance:
@@ -46,7 +45,7 @@ class Importance:
             LayerSparseError: there is no batch yet, or no loss in the model's output.
         """
         found = []
-        with _evaluating(self._model), self._responses.applied() as suppress:
+        with evaluating(self._model), self._responses.applied() as suppress:
             for chosen in sets:
                 suppress(chosen, factor)
                 found.append(float(self._run() if loss is None else loss()))
@@ -71,16 +70,3 @@ class Importance:
 
 def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and then as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

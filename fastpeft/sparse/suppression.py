@@ -13,6 +13,7 @@ from fastpeft.in_place.install import is_accelerated
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, Layer
 from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.attached import AttachedAdapter
+from fastpeft.targets import repeated_blocks
 
 Carrier = AdapterMixin | AttachedAdapter | Layer
 
@@ -27,7 +28,7 @@ class Responses:
             self._carriers.append([carrier for carrier in inside if carrier is not None])
             if not self._carriers[-1]:
                 raise LayerSparseError(
-                    f"IST suppresses adapters, and {block} has none of ours; fastpeft.patch(model) first"
+                    f"only adapters can be suppressed, and {block} has none of ours; fastpeft.patch(model) first"
                 )
         device = next(model.parameters()).device
         self._factors: list[Tensor] = [torch.ones((), device=device) for _ in blocks]
@@ -49,6 +50,25 @@ class Responses:
             for carriers in self._carriers:
                 for carrier in carriers:
                     carrier.response = None
+
+
+def blocks_with_adapters(model: nn.Module) -> list[str]:
+    """Return the paths of the repeated blocks that hold an adapter which can be suppressed, in order."""
+    blocks = [path for path, _ in repeated_blocks(model)]
+    return [b for b in blocks if any(_carrier(m) is not None for m in model.get_submodule(b).modules())]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and then as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _carrier(module: nn.Module) -> Carrier | None:

@@ -221,7 +221,9 @@ def main(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if row.note:
             report.console().print(f"{name_of(row)}: {row.note}", soft_wrap=True)
     if arguments.json:
-        report.write_json(arguments.json, report.command_line("plan", argv), facts, records)
+        # A plan is the same on every machine.
+        shared = {name: facts[name] for name in ("torch", "transformers", "peft", "fastpeft commit")}
+        report.write_json(arguments.json, report.command_line("plan", argv), shared, records)
     return 0
 
 

@@ -369,6 +369,10 @@ def test_rounding_is_plain_pytorchs(kind):
     exact = F.linear(x.double(), W, b)
     plain = F.linear(x, W.bfloat16(), b.bfloat16())
     assert_within_rule(y, exact, plain, "y")
+    # The sum is rounded once, and its delta not before.
+    operands = subspace_.operands(0, model[0]._parameters["weight"])
+    delta = add_projected(projection, torch.zeros(80, 96), operands[0], operands[1], 0, torch.float32)
+    assert torch.equal(model[0].weight, (W0.float() + delta).bfloat16())
     dW, db = dy.double().t() @ x.double(), dy.double().sum(0)
     by_hand = P.t() @ torch.cat([(dy.t() @ x).double().flatten(), dy.sum(0).double()])
     assert_within_rule(subspace_.theta_d.grad, P.t() @ torch.cat([dW.flatten(), db]), by_hand, "dtheta_d")

@@ -17,6 +17,7 @@ from bench import adapter_files, gpu_peers, peak, peer_linears, saved
 from bench.adapter import Adapter
 from bench.clock import Stopwatch
 from bench.measure import Phases
+from fastpeft.planning.optimizers import tensors_in
 
 LEARNING_RATE = 1e-5
 
@@ -99,7 +100,7 @@ class Contender:
 
     def _moments(self) -> list[Tensor]:
         states = [] if self.optimizer is None else self.optimizer.state.values()
-        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [tensor for state in states for value in state.values() for tensor in tensors_in(value)]
 
 
 def frozen(base: nn.Module, ids: Tensor) -> Contender:

@@ -3,7 +3,8 @@
 Parameters and gradients are those of a model with a few active blocks; only `optimizer.step()` is timed.
 `switch` contenders change blocks at every step, and leave the moments of those that stop as their name says:
 their time beside ours without a switch is what one switch costs. A contender is timed only after three steps
-gave torch's numbers, bit for bit.
+gave torch's numbers, bit for bit; GaLore's only after they gave its formula's. Its steps are timed without
+new projections, and with new ones in each. (LOMO has no step; its updates are timed in the suite `step`.)
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import options, report
+from bench import optimizer_peers, options, report
 from bench.clock import Stopwatch
 from bench.measure import Phases, Samples, Spread, interleave, pairwise_ratio
 from bench.models import DTYPES, WORKLOADS
 from fastpeft import LISA, LayerSparseAdamW
+from fastpeft.planning import peers
 from fastpeft.sparse.schedule import POLICIES, Policy
 
 LR = 1e-5
@@ -75,6 +77,13 @@ def main(argv: Sequence[str]) -> int:
     facts = report.begin("optimizer", arguments)
     base = workload.build(DTYPES[arguments.dtype], device=arguments.device)
     ready, blocked = line_up(base, arguments.layers, arguments.always_on)
+    failed = bool(blocked)
+    if reason := optimizer_peers.missing("galore"):
+        blocked["galore"] = reason  # listed; no failure of this machine's
+    elif reason := optimizer_peers.galore_difference():
+        blocked["galore"], failed = reason, True
+    else:
+        ready |= galores(ready["torch, foreach"].model)
     runs: dict[str, Callable[[], Phases]] = {name: runner.step for name, runner in ready.items()}
     with report.progress("optimizer", len(runs) * (arguments.warmup + arguments.rounds)) as advance:
         samples = interleave(runs, rounds=arguments.rounds, warmup=arguments.warmup, on_run=advance)
@@ -90,13 +99,15 @@ def main(argv: Sequence[str]) -> int:
         ]
         records += [{**case, "contender": name, "blocked": reason} for name, reason in blocked.items()]
         report.write_json(arguments.json, report.command_line("optimizer", argv), facts, records)
-    return int(bool(blocked))
+    return int(failed)
 
 
 def peer_of(name: str) -> str:
     """Whom a contender is compared with: torch's of the same kind; a switch with our step without one."""
     if name.startswith("switch"):
         return "layer-sparse, foreach"
+    if name.startswith("galore"):
+        return "torch, foreach"
     return name.replace("layer-sparse", "torch") if name.startswith("layer-sparse") else ""
 
 
@@ -130,6 +141,15 @@ def torchs(like: nn.Module, **how: Any) -> Runner:
     """torch's AdamW on a copy of what trains in `like`."""
     model = copy.deepcopy(like)
     return Runner(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, **how))
+
+
+def galores(like: nn.Module) -> dict[str, Runner]:
+    """GaLore's AdamW on copies of what trains in `like`."""
+    made = {}
+    for name, gap in (("galore", NEVER), ("galore, new projections", 1)):
+        model = copy.deepcopy(like)
+        made[name] = Runner(model, peers.galore(model, lr=LR, gap=gap))
+    return made
 
 
 def difference(ours: Runner, theirs: Runner) -> str | None:

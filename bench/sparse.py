@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sequence", type=options.positive, help="tokens a sequence, instead of the model's own")
     add("--layers", type=options.positive, default=2, help="blocks that train at a time (default 2)")
     add("--period", type=options.positive, default=10, help="steps from switch to switch (default 10)")
+    add("--topk-layers", type=options.positive, nargs="*", default=[], metavar="K",
+        help="also top-K with these numbers of blocks: time and bytes fall with K")  # fmt: skip
     add("--peft-ranks", type=options.positive, nargs="*", default=[16, 128],
         help="ranks of PEFT's LoRA beside them (default 16 128; nothing for none)")  # fmt: skip
     options.add_timing(arguments, rounds=20)
@@ -45,13 +48,14 @@ def main(argv: Sequence[str]) -> int:
     commands = parser()
     arguments = commands.parse_args(argv)
     workload = sized(WORKLOADS[arguments.model], arguments.batch, arguments.sequence)
-    if arguments.layers > workload.layers:
-        commands.error(f"argument --layers: {arguments.model} has {workload.layers} blocks")
+    for option, layers in (("--layers", [arguments.layers]), ("--topk-layers", arguments.topk_layers)):
+        if max(layers, default=0) > workload.layers:
+            commands.error(f"argument {option}: {arguments.model} has {workload.layers} blocks")
     facts = report.begin("sparse", arguments)
     base = workload.build(DTYPES[arguments.dtype], device=arguments.device)
     ids = workload.batch_ids(device=arguments.device)
     settings = Settings(layers=arguments.layers, period=arguments.period, rank=16)
-    ready, blocked = line_up(base, ids, settings, arguments.peft_ranks)
+    ready, blocked = line_up(base, ids, settings, arguments.peft_ranks, arguments.topk_layers)
     kept = {name: bytes_of(contender, settings) for name, contender in ready.items()}
     total = len(ready) * (arguments.warmup + arguments.rounds)
     runs: dict[str, Callable[[], Phases]] = {name: contender.step for name, contender in ready.items()}
@@ -78,14 +82,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def line_up(
-    base: nn.Module, ids: Tensor, settings: Settings, peft_ranks: Sequence[int]
+    base: nn.Module,
+    ids: Tensor,
+    settings: Settings,
+    peft_ranks: Sequence[int],
+    topk_layers: Sequence[int],
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """Build the contenders; those whose losses are not torch's on the same parameters are left out."""
     ready = {"full": contenders.full(base, ids)}
     blocked: dict[str, str] = {}
-    for name in layer_sparse.METHODS:
+    wanted = [(name, name, settings) for name in layer_sparse.METHODS]
+    wanted += [(f"topk k={k}", "topk", replace(settings, layers=k)) for k in topk_layers]
+    for name, method, its_settings in wanted:
         try:
-            ours, theirs = layer_sparse.build(name, base, ids, settings)
+            ours, theirs = layer_sparse.build(method, base, ids, its_settings)
         except RuntimeError as error:
             blocked[name] = str(error)
             continue

@@ -2,7 +2,8 @@
 
 A step is forward with labels, backward, AdamW step, zero_grad. `frozen` is the floor: the frozen base's
 forward and full input-gradient backward without adapters or optimiser; `full` is full fine-tuning; `lisa`,
-`badam` and `ist` train a few blocks at a time (suite `sparse` has more on them).
+`badam` and `ist` train a few blocks at a time (suite `sparse` has more on them). `galore` and `lomo` are full
+fine-tuning by other optimisers (GaLore makes its projections anew every 200 steps, none of which is timed).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bench import adapter_files, contenders, layer_sparse, options, parity, report
+from bench import adapter_files, contenders, layer_sparse, optimizer_peers, options, parity, report
 from bench.contenders import Contender
 from bench.layer_sparse import Settings
 from bench.measure import Samples, Spread, interleave, pairwise_ratio
@@ -24,8 +25,9 @@ from bench.records import method_of
 PHASES = ("step", "forward", "backward", "optimizer")
 SPARSE = ("lisa", "badam", "ist")
 CORE = (*contenders.NAMES, *SPARSE)
-NAMES = (*CORE, *contenders.PEER_NAMES)
-GROUPS = {"core": CORE, "peers": contenders.PEER_NAMES, "all": NAMES}
+PEERS = (*contenders.PEER_NAMES, *optimizer_peers.PEERS)
+NAMES = (*CORE, *PEERS)
+GROUPS = {"core": CORE, "peers": PEERS, "all": NAMES}
 GATED = (*contenders.SIDES, *contenders.PEERS)
 
 
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
             records.append(
                 {"model": arguments.model, "batch": workload.batch, "sequence": workload.sequence,
                  "dtype": arguments.dtype, "rank": rank, "contender": name,
-                 "peer": "full" if name in SPARSE else None,
+                 "peer": "full" if name in (*SPARSE, *optimizer_peers.PEERS) else None,
                  "seconds": samples.get(name, {}), "saved_bytes": found and found.saved,
                  "peak_bytes": found and found.peak, "moments_bytes": found and found.moments,
                  "blocked": lineup.blocked.get(name),
@@ -122,7 +124,12 @@ def sized(workload: Workload, batch: int | None, sequence: int | None) -> Worklo
 def chosen(words: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The contenders that the words name, and of those the reasons of the ones that cannot run here."""
     names = [name for word in words for name in GROUPS.get(word, (word,))]
-    reasons = {name: contenders.missing(name, device) for name in dict.fromkeys(names)}
+    reasons = {
+        name: optimizer_peers.missing(name)
+        if name in optimizer_peers.PEERS
+        else contenders.missing(name, device)
+        for name in dict.fromkeys(names)
+    }
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     return [name for name in names if name not in absent], absent
 
@@ -145,6 +152,9 @@ def line_up(
             try:
                 if name in layer_sparse.METHODS:
                     lineup.ready[label] = layer_sparse.build(name, base, ids, settings)[0]
+                    continue
+                if name in optimizer_peers.PEERS:
+                    lineup.ready[label] = optimizer_peers.build(name, base, ids)
                     continue
                 contender = contenders.build(name, base, ids, settings.rank)
                 method = method_of(name)

@@ -150,8 +150,9 @@ def test_sparse_optimizer_and_patch_end_to_end(tmp_path):
     assert found["lisa"]["moments_bytes"] < found["full"]["moments_bytes"]
     assert bench_cli.main(["optimizer", *tiny, "--layers", "1", "--json", str(target)]) == 0
     found = {row["contender"]: row for row in json.loads(target.read_text())["results"]}
-    assert len(found) == 7
-    assert all(len(row["seconds"]["step"]) == 2 for row in found.values())
+    ours = {name: row for name, row in found.items() if not name.startswith("galore")}
+    assert len(ours) == 7
+    assert all(len(row["seconds"]["step"]) == 2 for row in ours.values())
     assert bench_cli.main(["patch", *tiny, "--json", str(target)]) == 0
     assert len(json.loads(target.read_text())["results"]) == 6
 

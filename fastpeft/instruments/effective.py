@@ -20,10 +20,10 @@ from fastpeft.in_place.install import is_linear_layer, tuner_layers
 from fastpeft.in_place.linear import base_weight
 from fastpeft.layers.adapted import Adapter, with_one_adapter
 from fastpeft.layers.kinds import is_conv1d_like
-from fastpeft.layers.merging import merged_weight
+from fastpeft.layers.merging import BLOCK_ELEMENTS, merged_weight
 from fastpeft.methods.linears import adapter_layers
 from fastpeft.ops._common import accumulation_dtype
-from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
+from fastpeft.ops.row_norm import row_norm_squared, row_scale
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,19 @@ class AdaptedWeight:
 
         ::
 
-            LoRA    ||W||^2 + <sB, 2 W A^T + sB A A^T>        DoRA    |c|^2 of that, by row
+            LoRA    sum_rows ||W||^2 + 2 <W, s B A> + ||s B A||^2        DoRA    with each row times c^2
 
         LoRA adapters on top of one another are one of all their ranks. DoRA beside others has no such form:
         its W' is made, of this one layer.
         """
-        weight = self.weight()
-        squared = row_norm_squared(weight)
         if not self.adapters:
-            return squared.double().sum()
+            return row_norm_squared(self.weight()).double().sum()
         one = with_one_adapter(list(self.adapters))
         if one is None:
             return torch.linalg.vector_norm(self.effective(), dtype=torch.float64).square()
-        norm = row_norm(weight, one.lora_A, one.lora_B, one.scaling, squared)
-        if one.magnitude is not None:
-            norm = norm * row_scale(one.magnitude, norm)
-        return norm.double().square().sum()
+        squared, across, update = _by_row(self.weight(), one)
+        norm = squared + 2 * across + update
+        return (norm if one.magnitude is None else norm * _scale(one.magnitude, norm).square()).sum()
 
     @torch.no_grad()
     def update_squared(self) -> Tensor:
@@ -84,18 +81,39 @@ class AdaptedWeight:
         if not self.adapters:
             return torch.zeros((), dtype=torch.float64, device=self.own[0].device)
         one = with_one_adapter(list(self.adapters))
-        weight = self.weight()
         if one is None:
-            difference = self.effective() - weight
+            difference = self.effective() - self.weight()
             return torch.linalg.vector_norm(difference, dtype=torch.float64).square()
-        A, sB = one.lora_A.double(), one.lora_B.double() * one.scaling
-        update = (sB * (sB @ (A @ A.t()))).sum(1)  # ||s B A||^2 by row
+        squared, across, update = _by_row(self.weight(), one)
         if one.magnitude is None:
             return update.sum()
-        squared = row_norm_squared(weight)
-        c = row_scale(one.magnitude, row_norm(weight, one.lora_A, one.lora_B, one.scaling, squared)).double()
-        across = (sB * (weight @ one.lora_A.to(weight.dtype).t()).double()).sum(1)
-        return ((c - 1).square() * squared.double() + 2 * (c - 1) * c * across + c.square() * update).sum()
+        c = _scale(one.magnitude, squared + 2 * across + update)
+        return ((c - 1).square() * squared + 2 * (c - 1) * c * across + c.square() * update).sum()
+
+
+def _by_row(weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``||W||^2``, ``<W, s B A>`` and ``||s B A||^2`` by row, [out_features] in fp64.
+
+    Products are in fp32 (fp64), with a block of W's rows in it at a time.
+    """
+    dtype = accumulation_dtype(weight.dtype)
+    A, sB = adapter.lora_A.to(dtype), adapter.lora_B.to(dtype) * adapter.scaling
+    across = torch.cat(
+        [
+            (rows.to(dtype) @ A.t()).mul_(part).sum(1)
+            for rows, part in zip(*(_in_blocks(t, weight) for t in (weight, sB)), strict=True)
+        ]
+    )
+    update = (sB * (sB @ (A @ A.t()))).sum(1)
+    return row_norm_squared(weight).double(), across.double(), update.double()
+
+
+def _in_blocks(tensor: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, max(1, BLOCK_ELEMENTS // max(weight.shape[1], 1)))
+
+
+def _scale(magnitude: Tensor, norm_squared: Tensor) -> Tensor:
+    return row_scale(magnitude, norm_squared.clamp(min=0.0).sqrt())
 
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:

@@ -1,4 +1,4 @@
-"""The optimisers that can be planned, by name: torch's and :class:`fastpeft.LayerSparseAdamW`."""
+"""The optimisers that can be planned, by name: torch's, :class:`fastpeft.LayerSparseAdamW`, and references."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastpeft.allocation.allocator import RankAllocator, allocator_of
 from fastpeft.errors import ConfigError
 from fastpeft.methods.adalora import AdaLoRA
+from fastpeft.planning import peers
 from fastpeft.planning.devices import Device
 from fastpeft.sparse.adamw import LayerSparseAdamW
 from fastpeft.sparse.controller import LayerSparse
@@ -31,7 +32,7 @@ _ADAMW: dict[str, dict[str, Any]] = {
     "adamw-stochastic": {"stochastic_rounding": True},
 }
 _SGD: dict[str, dict[str, Any]] = {"sgd": {}, "sgd-momentum": {"momentum": 0.9}}
-OPTIMIZERS = (*_ADAMW, *_SGD)
+OPTIMIZERS = (*_ADAMW, *_SGD, *peers.PACKAGES)
 _OURS = ("master_weights", "moments_dtype", "stochastic_rounding")
 
 
@@ -66,11 +67,14 @@ def checked(optimizer: str | Make) -> str | Make:
     if callable(optimizer):
         return optimizer
     name = optimizer.strip().lower().replace(" ", "-").replace("_", "-") if isinstance(optimizer, str) else ""
-    if name not in OPTIMIZERS:
+    base, colon, rank = name.partition(":")
+    if base not in OPTIMIZERS or (colon and not (base == "galore" and rank.isdigit() and int(rank) > 0)):
         raise ConfigError(
-            f"optimizer: expected one of {', '.join(OPTIMIZERS)}, or a function of the model that makes one, "
-            f"got {optimizer!r}"
+            f"optimizer: expected one of {', '.join(OPTIMIZERS)} (galore:64 for its rank), or a function of "
+            f"the model that makes one, got {optimizer!r}"
         )
+    if base in peers.PACKAGES and (reason := peers.missing(base)) is not None:
+        raise ConfigError(f"optimizer: {reason}")
     return name
 
 
@@ -103,6 +107,15 @@ def _make(
         if turns is None or isinstance(made, LayerSparseAdamW):
             return made, getattr(made, "sparse", None)
         return made, _sparse(made, model, turns)
+    if optimizer == "lomo":
+        if turns is not None:
+            raise ConfigError("optimizer: lomo has no step for a schedule to act after; expected another one")
+        return peers.lomo(model), None
+    if optimizer.startswith("galore"):
+        # The step in which projections are made anew: no other holds more.
+        rank = int(optimizer.partition(":")[2] or peers.GALORE_RANK)
+        low_rank = peers.galore(model, rank, gap=1)
+        return low_rank, None if turns is None else _sparse(low_rank, model, turns)
     gpu: dict[str, Any] = {"foreach": True} if device == "cuda" else {}
     if optimizer in _SGD:
         sgd = torch.optim.SGD(parameters, lr=1e-3, **gpu, **_SGD[optimizer])
@@ -136,6 +149,15 @@ def state_tensors(
     """Return the tensors that an optimiser keeps, each with its parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [(p, optimizer.state.get(p) if sparse is None else sparse.state_of(p)) for p in parameters]
-    found = [(p, v) for p, state in states for v in (state or {}).values() if isinstance(v, Tensor)]
+    found = [(p, t) for p, state in states for v in (state or {}).values() for t in tensors_in(v)]
     allocator = allocator_of(optimizer)
     return found if allocator is None else [*found, *allocator.score_tensors()]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of one entry of an optimiser's state: itself, or those of an object (a projection)."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for entry in value for tensor in tensors_in(entry)]
+    return [tensor for entry in getattr(value, "__dict__", {}).values() for tensor in tensors_in(entry)]

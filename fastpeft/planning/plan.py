@@ -129,7 +129,9 @@ def plan(
         optimizer: ``"adamw"`` (torch's default way: one tensor at a time on a CPU, all at once on a GPU,
             which takes temporaries as large as what trains), ``"adamw-fused"``, ``"adamw-loop"``,
             ``"adamw-fp32-masters"``, ``"adamw-bf16-moments"``, ``"adamw-fp32-moments"``,
-            ``"adamw-stochastic"``, ``"sgd"``, ``"sgd-momentum"``; or a function of the model.
+            ``"adamw-stochastic"``, ``"sgd"``, ``"sgd-momentum"``; as references, from packages that must be
+            there, ``"galore"`` (or ``"galore:64"`` for a rank; the step that makes its projections anew) and
+            ``"lomo"``, which updates within the backward pass; or a function of the model.
         rank: the adapters', instead of the method's own.
         layers: blocks that train at a time, instead of the schedule's own.
         device: ``"cpu"`` or ``"cuda"``, which differ in attention, fastpeft's backend and torch's

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.planning.optimizers import state_tensors
+from fastpeft.planning.peers import backward, is_fused
 from fastpeft.planning.tracking import Peak, Region, Storage, Tracker, quiet
 from fastpeft.sparse.controller import LayerSparse
 
@@ -95,11 +96,10 @@ def step_alone(
         _step_alone(model, optimizer, warm_up, without_gradient)
         for _ in range(2):
             tracker.begin()
-            _give_gradients(model, without_gradient)
+            _give_gradients(model, optimizer, without_gradient)
             usage = Usage({"gradients": _gradients(model, tracker)})
             tracker.enter("optimizer")
-            optimizer.step()
-            optimizer.zero_grad()
+            _update(optimizer)
             _know_state(model, optimizer, sparse, tracker)
     for kind in ("weights", "optimizer_state"):
         usage.components[kind] = _by_module(tracker.living(kind))
@@ -129,15 +129,14 @@ def _one_step(
     loss: Tensor = model(input_ids=ids, labels=ids).loss
     saved = [storage for storage in tracker.living("temporaries") if id(storage) not in before]
     tracker.enter("backward")
-    loss.backward()  # type: ignore[no-untyped-call]
+    backward(loss, optimizer)
     del loss
     usage = Usage({"gradients": _gradients(model, tracker)})
     usage.without_gradient = frozenset(
         name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
     )
     tracker.enter("optimizer")
-    optimizer.step()
-    optimizer.zero_grad()
+    _update(optimizer)
     _know_state(model, optimizer, sparse, tracker)
     # What outlives the step is kept for the next: not by autograd, so by the layers.
     for storage in tracker.living("temporaries"):
@@ -161,12 +160,21 @@ def _step_alone(
     without_gradient: Callable[[str], bool] = lambda _: False,
 ) -> None:
     for _ in range(steps):
-        _give_gradients(model, without_gradient)
+        _give_gradients(model, optimizer, without_gradient)
+        _update(optimizer)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    if not is_fused(optimizer):
         optimizer.step()
-        optimizer.zero_grad()
+    optimizer.zero_grad()
 
 
-def _give_gradients(model: nn.Module, without_gradient: Callable[[str], bool]) -> None:
+def _give_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, without_gradient: Callable[[str], bool]
+) -> None:
+    if is_fused(optimizer):
+        return  # none outlives the backward pass
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not without_gradient(name):
             parameter.grad = torch.empty_like(parameter)

@@ -31,7 +31,9 @@ class _OwnForward(AdapterMixin):
         return f"{self.kind.extra_repr(self)}, {self.adapter_repr()}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made, not imported
-        return _rebuild, (self.kind,), self.__getstate__()  # type: ignore[no-untyped-call]
+        # Not by __getstate__, which objects have from Python 3.11 on.
+        state = super().__reduce_ex__(max(protocol, 2))[2]
+        return _rebuild, (self.kind,), state
 
 
 class _SubclassLinear(_OwnForward, LinearMixin):

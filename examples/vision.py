@@ -1,6 +1,6 @@
 """Fine-tune a vision transformer: a linear probe, LoRA, DoRA and LN-LoRA on the same pictures, side by side.
 
-    python examples/vision.py                       Dinov2-small on Fashion-MNIST, about 15 minutes
+    python examples/vision.py                       Dinov2-small on Fashion-MNIST, about 12 minutes
     python examples/vision.py --methods lora --steps 100
     python examples/vision.py --table FILE          print the table of a results file again
     python examples/vision.py --help
@@ -59,7 +59,8 @@ class Method:
     config: Callable[[int, float], Any]
 
 
-# Rates: the best of 5e-4, 1e-3, 2e-3 with --validate, at the default sizes.
+# Rates: with --validate --held-out 1000 --steps 100, LoRA's 1e-3 gave 87.2% and 2e-3 86.2%, LN-LoRA's 3e-4
+# 86.0% and 1e-3 85.8%, the probe 83.2%; DoRA has LoRA's.
 METHODS = {
     "lora": Method(1e-3, lambda r, a: fastpeft.LoRA(r=r, lora_alpha=a, modules_to_save=(classifier.HEAD,))),
     "dora": Method(
@@ -67,7 +68,7 @@ METHODS = {
         lambda r, a: fastpeft.LoRA(r=r, lora_alpha=a, use_dora=True, modules_to_save=(classifier.HEAD,)),
     ),
     "ln-lora": Method(
-        1e-3, lambda r, a: fastpeft.LNLoRA(r=r, lora_alpha=a, modules_to_save=(classifier.HEAD,))
+        3e-4, lambda r, a: fastpeft.LNLoRA(r=r, lora_alpha=a, modules_to_save=(classifier.HEAD,))
     ),
 }
 
@@ -102,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, metavar="FOLDER", help="a Dinov2 in transformers' format; default Dinov2-small")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--train", type=int, default=4000, metavar="N", help="pictures to train on")
+    add("--train", type=int, default=4800, metavar="N", help="pictures to train on")
     add("--held-out", type=int, default=2000, metavar="N", help="pictures of the test set to score")
     add("--side", type=int, default=56, metavar="PIXELS", help="a multiple of the model's patch")
-    add("--steps", type=int, default=200)
+    add("--steps", type=int, default=150)
     add("--batch", type=int, default=32)
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16)

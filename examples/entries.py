@@ -90,6 +90,28 @@ def loraplus(model: Classifier, run: Run) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in found if group["params"]], weight_decay=0.0)
 
 
+def adalora(model: Classifier, run: Run) -> torch.optim.Optimizer:
+    """AdaLoRA from rank 12 to 8 on average, allocated between a fifth and three quarters of the steps."""
+    config = fastpeft.AdaLoRA(
+        init_r=12,
+        target_r=RANK,
+        tinit=run.steps // 5,
+        tfinal=run.steps // 4,
+        total_step=run.steps,
+        lora_alpha=2 * 12,  # times 1 / init_r: the scaling of the others
+        modules_to_save=(HEAD,),
+    )
+    optimizer = patched(config)(model, run)
+    fastpeft.RankAllocator(model, optimizer)
+    return optimizer
+
+
+def intrinsic(model: Classifier, run: Run) -> torch.optim.Optimizer:
+    """1000 numbers for the whole encoder, in another subspace for every seed."""
+    config = fastpeft.IntrinsicDimension(d=1000, seed=run.seed, modules_to_save=(HEAD,))
+    return patched(config)(model, run)
+
+
 def lora(**options: Any) -> fastpeft.LoRA:
     """LoRA on every linear of the blocks."""
     return fastpeft.LoRA(r=RANK, lora_alpha=ALPHA, modules_to_save=(HEAD,), **options)
@@ -112,6 +134,7 @@ ENTRIES: dict[str, Entry] = {
         (2.5e-4, 5e-4, 1e-3),
         patched(fastpeft.LNLoRA(r=RANK, lora_alpha=ALPHA, modules_to_save=(HEAD,))),
     ),
+    "adalora": Entry("AdaLoRA, r=12 to 8", ADAPTERS, adalora),
     "vera": Entry("VeRA, r=256", (5e-3, 1e-2, 2e-2), patched(fastpeft.VeRA(modules_to_save=(HEAD,)))),
     "pissa": Entry("PiSSA", (1e-4, 2e-4, 5e-4), patched(lora(init_lora_weights="pissa"))),
     "olora": Entry("OLoRA", (1e-4, 2e-4, 5e-4), patched(lora(init_lora_weights="olora"))),
@@ -133,6 +156,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "prefix": Entry("prefix tuning", (1e-2,), patched(fastpeft.PrefixTuning(num_virtual_tokens=TOKENS))),
     "prompt": Entry("prompt tuning", (1e-2,), patched(fastpeft.PromptTuning(num_virtual_tokens=TOKENS))),
+    "intrinsic": Entry("intrinsic dimension, d=1000", (1e-3, 3e-3, 1e-2), intrinsic),
     "topk": Entry("top-K, 2 blocks", TURNS, scheduled(lambda run: fastpeft.TopK(2, seed=run.seed))),
     "lisa": Entry("LISA, 2 blocks", TURNS, scheduled(lambda run: fastpeft.LISA(2, 10, run.seed))),
     "badam": Entry("BAdam", (1e-4, 2e-4, 4e-4), scheduled(lambda run: fastpeft.BAdam(10, seed=run.seed))),

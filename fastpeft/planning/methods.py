@@ -50,8 +50,8 @@ def parse(method: Any, rank: int | None = None, layers: int | None = None) -> Me
     Args:
         method: None (the model as it is: what requires gradients trains), a name of
             :data:`fastpeft.planning.names.NAMES`, perhaps with its number (``"lora:64"``, ``"lisa:2"``), what
-            :func:`fastpeft.patch` takes (:class:`LoRA`, another method's configuration or PEFT's), a schedule, or (configuration,
-            schedule).
+            :func:`fastpeft.patch` takes (:class:`LoRA`, another method's configuration or PEFT's), a
+            schedule, or (configuration, schedule).
         rank: of the adapters, instead of the method's own.
         layers: blocks that train at a time, instead of the schedule's own.
 

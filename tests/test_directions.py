@@ -133,7 +133,7 @@ def test_of_a_patched_model(method, per):
     model = fastpeft.patch(copy.deepcopy(base), ADAPTERS[method])
     torch.manual_seed(3)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn_like(p) * (1 + p.abs()))
     found = changes_of(model, per=per)
@@ -156,7 +156,9 @@ def test_of_conv1d_whose_weight_is_transposed():
     merged = fastpeft.merge(copy.deepcopy(model)).get_submodule(found.path).weight
     assert_is(found, base.get_submodule(found.path).weight.t(), merged.t(), "column")
     assert changes_between(base, model, names=["attn.c_attn"])[0] == found
-    assert changes_of(fastpeft.merge(model), names=["attn.c_attn"])[0].direction == pytest.approx(found.direction)
+    assert changes_of(fastpeft.merge(model), names=["attn.c_attn"])[0].direction == pytest.approx(
+        found.direction
+    )
 
 
 @pytest.mark.parametrize("accelerated", [False, True])

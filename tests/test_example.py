@@ -312,3 +312,29 @@ def test_methods_are_compared_and_a_stopped_comparison_goes_on(comparison, tmp_p
     assert compare.main([*comparison, "--steps", "7"]) == 2
     assert "made with other settings" in capsys.readouterr().err
     assert compare.main([*comparison, "--steps", "0"]) == 2
+
+
+def test_the_papers_figures_are_drawn(model_folder, text, tmp_path, capsys):
+    instruments = importlib.import_module("instruments")
+    words = ["--model", str(model_folder), "--text", str(text), "--cache", str(tmp_path / "cache")]
+    words += ["--steps", "3", "--sequence", "17", "--out", str(tmp_path / "figures")]
+    assert instruments.main(words) == 0
+    found = json.loads((tmp_path / "figures" / "instruments.json").read_text())
+    for name in ("weight_norms", "changes", "removal"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    layers = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]  # its head is tied
+    assert all(list(norms) == layers for norms in found["weight_norms"].values())
+    full, lora = found["accounts"]["full"], found["accounts"]["lora"]
+    assert full["trained"] == full["parameters"] == full["gradients"] // 4
+    assert lora["gradients"] == lora["adapters"] < full["gradients"] / 2
+    assert {change["kind"] for change in found["changes"]["dora"]} == {"q_proj"}
+    greedy, drawn = found["removal"]["greedy"], found["removal"]["random"]
+    assert set(greedy["order"]) == set(drawn["order"]) == set(layers[1:3])
+    assert greedy["losses"][0] == drawn["losses"][0]
+    assert greedy["losses"][-1] == pytest.approx(drawn["losses"][-1])
+    assert greedy["losses"][1] <= drawn["losses"][1]
+    assert "correlation of ΔD and ΔM" in capsys.readouterr().out
+    assert instruments.main([*words, "--removals", "5"]) == 2
+    error = capsys.readouterr().err
+    assert error == "instruments.py: --removals: expected at most 2, the model's blocks, got 5\n"
+    assert instruments.main([*words, "--steps", "0"]) == 2

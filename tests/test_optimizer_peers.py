@@ -51,7 +51,8 @@ def test_galores_moments_are_of_its_rank():
     found = fastpeft.plan(real_model(), TopK(layers=1), 1, 8, optimizer="galore:2")
     assert 0 < found.optimizer_state < plans[2]
     quick, exact = (
-        fastpeft.plan(config(7), "full", 1, 8, optimizer="galore:2", exact_depth=deep) for deep in (False, True)
+        fastpeft.plan(config(7), "full", 1, 8, optimizer="galore:2", exact_depth=deep)
+        for deep in (False, True)
     )
     assert quick == exact
 

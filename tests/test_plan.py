@@ -434,3 +434,20 @@ def test_gpt2_with_dropout_and_learned_positions():
     masks = (2 * 7 + 1) * 2 * 32 * 32
     dropped = plan.activations - fastpeft.plan(still, "full", 2, 32).activations
     assert dropped == pytest.approx(masks, rel=0.5)
+
+
+def test_a_storage_that_is_resized_in_place_counts_by_its_size():
+    tracker = Tracker(nn.Identity())
+    with tracker:
+        tracker.enter("forward")
+        a = torch.zeros(10)
+        a.untyped_storage().resize_(400)
+        b = a.view(10)
+        assert tracker.live == 400
+        a.untyped_storage().resize_(0)
+        b.view(10)
+        assert tracker.live == 0
+        del a, b
+        assert tracker.live == 0
+    assert max(peak.bytes for peak in tracker.peaks().values()) == 400
+    assert tracker.journal() == [40, 360, -400, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -141,7 +143,7 @@ def test_topk_keeps_nothing_below_its_lowest_layer_and_each_layer_costs_the_same
                 assert (real > 0) == (place >= layers - k), (k, block, kind)
     for kind in ("activations", "gradients", "optimizer_state"):
         found = [getattr(plans[k], kind) for k in range(1, layers + 1)]
-        differences = {b - a for a, b in zip(found, found[1:], strict=False)}
+        differences = {b - a for a, b in itertools.pairwise(found)}
         assert len(differences) == 1, (kind, found)
         assert differences.pop() > 0
     peaks = [plans[k].peak for k in range(1, layers + 1)]

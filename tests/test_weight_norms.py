@@ -26,7 +26,9 @@ def norm(*tensors):
 
 def test_known_norms():
     blocks = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(3, 4)}) for _ in range(2))
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 2), "layers": blocks, "head": nn.Linear(1, 2, bias=False)})
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 2), "layers": blocks, "head": nn.Linear(1, 2, bias=False)}
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(2.0)
@@ -167,7 +169,7 @@ def test_plots(tmp_path, monkeypatch):
         for ending in ("png", "svg"):
             plot(found, tmp_path / f"{name}.{ending}")
             assert (tmp_path / f"{name}.{ending}").stat().st_size > 3000
-    for plot, found in drawn(tmp_path).values():
+    for plot, _ in drawn(tmp_path).values():
         with pytest.raises(ConfigError, match="there is nothing to draw"):
             plot({}, tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -31,8 +31,8 @@ class Account:
         trained: of those that may train; under a schedule also the ones that wait for their turn.
         active: of those that train now.
         weights: bytes of parameters and buffers, adapters included.
-        adapters: bytes of what the patch (or PEFT, in its layers) added, also of what of it is frozen, such as
-            VeRA's matrices.
+        adapters: bytes of what the patch (or PEFT, in its layers) added, frozen parts such as VeRA's matrices
+            included.
         gradients: bytes of the gradients that are there: after backward, before ``zero_grad``.
         optimizer_state: bytes of moments, masters and step counts that are there, kept aside or not.
         layers: by block, or module outside the blocks, the bytes of each.

@@ -64,7 +64,7 @@ class AdaptedWeight:
             return row_norm_squared(self.weight()).double().sum()
         one = with_one_adapter(list(self.adapters))
         if one is None:
-            return torch.linalg.vector_norm(self.effective(), dtype=torch.float64).square()
+            return _squared(self.effective())
         squared, across, update = _by_row(self.weight(), one)
         norm = squared + 2 * across + update
         return (norm if one.magnitude is None else norm * _scale(one.magnitude, norm).square()).sum()
@@ -82,8 +82,7 @@ class AdaptedWeight:
             return torch.zeros((), dtype=torch.float64, device=self.own[0].device)
         one = with_one_adapter(list(self.adapters))
         if one is None:
-            difference = self.effective() - self.weight()
-            return torch.linalg.vector_norm(difference, dtype=torch.float64).square()
+            return _squared(self.effective() - self.weight())
         squared, across, update = _by_row(self.weight(), one)
         if one.magnitude is None:
             return update.sum()
@@ -106,6 +105,11 @@ def _by_row(weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     )
     update = (sB * (sB @ (A @ A.t()))).sum(1)
     return row_norm_squared(weight).double(), across.double(), update.double()
+
+
+def _squared(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    return norm.square()
 
 
 def _in_blocks(tensor: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -134,8 +138,8 @@ def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
                 (layer.weight, *parameters),
             ),
         )
-    for path, layer in tuner_layers(model):
-        yield path, _pefts(path, layer)
+    for path, tuner in tuner_layers(model):
+        yield path, _pefts(path, tuner)
 
 
 def _plain(adapter: Adapter) -> Adapter:

@@ -1,4 +1,4 @@
-"""Which blocks' adapters matter: take them away one by one and watch the loss (IST, arXiv 2410.11772, fig. 2).
+"""Which blocks' adapters matter: take them away and watch the loss (IST, arXiv 2410.11772, figure 2).
 
 Greedy: of the blocks that still have adapters, always the one without which the loss is least. A block's
 adapters are suppressed (their outputs times 0), not unpatched, so that no weight moves and the model is

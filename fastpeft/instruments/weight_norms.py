@@ -111,8 +111,8 @@ def _squared(parameter: Tensor, module: nn.Module) -> Tensor:
     numbers = parameter if parameter.is_floating_point() else numbers_of(module)
     if numbers.dim() == 2:
         return row_norm_squared(numbers).double().sum()
-    dtype = accumulation_dtype(numbers.dtype)
-    return torch.linalg.vector_norm(numbers, dtype=dtype).double().square()
+    norm: Tensor = torch.linalg.vector_norm(numbers, dtype=accumulation_dtype(numbers.dtype))
+    return norm.double().square()
 
 
 def _roots(sums: Mapping[str, list[Tensor]]) -> dict[str, float]:

@@ -91,8 +91,8 @@ def main(argv: Sequence[str]) -> int:
             for one in plans if size is not None else ():
                 value = largest_value(one, largest)
                 print(f"{one.setting.method}: the largest {largest} that fits in {size} is {value}")
-        for error in unfit:
-            print(f"not planned: {' '.join(str(error).split())}", file=sys.stderr)
+        for reason in unfit:
+            print(f"not planned: {' '.join(str(reason).split())}", file=sys.stderr)
         if arguments.json is not None:
             document = json.dumps([as_json(one) for one in plans], indent=2) + "\n"
             sys.stdout.write(document) if arguments.json == "-" else Path(arguments.json).write_text(document)

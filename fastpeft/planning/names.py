@@ -1,4 +1,4 @@
-"""The methods that can be named in a text, a line each: ``lora``, ``lora-fa:16``, ``prefix:20``, ``lisa:2``."""
+"""The methods that can be named in a text, a line each: ``lora``, ``lora-fa:16``, ``prefix:20``, ``lisa``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimisers that can be planned, by name: torch's, :class:`fastpeft.LayerSparseAdamW`, and references."""
+"""The optimisers that can be planned, by name: torch's, :class:`fastpeft.LayerSparseAdamW`, references."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def state_tensors(
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of one entry of an optimiser's state: itself, or those of an object (a projection)."""
+    """Return the tensors in one entry of an optimiser's state, which may be an object (a projection)."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Optimisers of other packages, as references beside ours: GaLore (arXiv 2403.03507), LOMO (arXiv 2306.09782).
+"""Optimisers of other packages, as references: GaLore (arXiv 2403.03507) and LOMO (arXiv 2306.09782).
 
 GaLore keeps AdamW's moments of ``P^T G`` [r, n] instead of G [m, n], with P the first r left singular vectors
 of a gradient (right ones where m >= n), computed anew every so many steps. LOMO is SGD that updates each

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastpeft.planning.optimizers import state_tensors
 from fastpeft.planning.peers import backward, is_fused
-from fastpeft.planning.tracking import Peak, Region, Storage, Tracker, quiet
+from fastpeft.planning.storages import Storage
+from fastpeft.planning.tracking import Peak, Region, Tracker, quiet
 from fastpeft.sparse.controller import LayerSparse
 
 KINDS = ("weights", "gradients", "optimizer_state", "activations", "caches")

@@ -1,16 +1,14 @@
 """Who holds how much memory, and when: every storage from its first operation to its last reference.
 
-:class:`Tracker` is a dispatch mode, so it sees real, fake and meta tensors alike: a plan and a measurement
-are the same code. It counts storages, not tensors (a view costs nothing), at their exact sizes, without what
-an allocator adds for alignment or fragmentation. What an ATen kernel allocates and frees within one call is
-not seen; what fastpeft's own ops allocate is, under :func:`fastpeft.ops.eager.seen_through`.
+:class:`Tracker` follows storages as :mod:`fastpeft.planning.storages` has it, and knows what each is for. A
+plan and a measurement are the same code. What fastpeft's own ops allocate within a call is seen under
+:func:`fastpeft.ops.eager.seen_through`.
 """
 
 from __future__ import annotations
 
 import bisect
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,30 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft.planning.storages import Storage, Storages
 
 _ANY = (torch.ops.aten.any.default, torch.ops.aten.any.dim, torch.ops.aten.any.dims)
 _LATEST = 2**63  # sequence numbers of nodes that accumulate gradients are beyond this
-
-
-@dataclass(slots=True, eq=False)
-class Storage:
-    """One storage: its size, and where and when it came to be.
-
-    Attributes:
-        bytes: its size.
-        phase: of the step, in which it was made.
-        module: path of the innermost module whose forward or backward made it; ``""`` outside all.
-        kind: ``"weights"``, ``"gradients"``, ``"optimizer_state"``, ``"caches"`` or ``"activations"`` once it
-            is known to be that.
-        is_any: whether it holds the result of ``any()``.
-    """
-
-    bytes: int
-    phase: str
-    module: str
-    kind: str = "temporaries"
-    is_any: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +40,7 @@ class Peak:
     by_kind: dict[str, int]
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracker(Storages):
     """Follows storages while it is entered; give it the model's with :meth:`hold` first.
 
     Args:
@@ -76,16 +55,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, model: nn.Module, *, without_values: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.phase = ""
-        self.live = 0
         self._without_values = without_values
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[str] = []
         # (sequence number of the next autograd node, the module at work from it on).
         self._marks: list[tuple[int, str]] = []
-        # By the storage's address, which is free for another one only after the callback.
-        self._storages: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._journal: list[tuple[Storage, int]] = []
         self._peaks: dict[Region, tuple[int, int]] = {}  # bytes, and the journal's length then
 
@@ -114,7 +90,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def hold(self, tensors: Iterable[Tensor], kind: str | None = None, module: str | None = None) -> None:
         """Know these tensors' storages from now on, and of what kind and whose they are."""
         for tensor in tensors:
-            storage = self._see(tensor)
+            storage = self.see(tensor)
             storage.kind = kind or storage.kind
             storage.module = storage.module if module is None else module
 
@@ -123,17 +99,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = phase
         self._note_peak(Region(phase, ""))
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor's storage is followed already."""
-        return int(tensor.untyped_storage()._cdata) in self._storages
-
     def living(self, kind: str) -> list[Storage]:
         """Return the living storages of one kind."""
-        return [storage for _, storage in self._storages.values() if storage.kind == kind]
+        return [storage for storage in self.all_living() if storage.kind == kind]
 
     def begin(self) -> None:
         """Forget the peaks; what lives goes on."""
-        self._journal = [(storage, storage.bytes) for _, storage in self._storages.values()]
+        self._journal = [(storage, storage.bytes) for storage in self.all_living()]
         self._peaks.clear()
         self._marks.clear()
 
@@ -159,43 +131,27 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if self._without_values:
             if func is torch.ops.aten._local_scalar_dense.default:
-                return _one(args[0].dtype, is_any=self._see(args[0]).is_any)
+                return _one(args[0].dtype, is_any=self.see(args[0]).is_any)
             if func is torch.ops.aten.equal.default:
                 return True
-        result = func(*args, **(kwargs or {}))
-        self._see_all(result)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func in _ANY:
-            self._see(result).is_any = True
+            self.see(result).is_any = True
         return result
 
-    def _see_all(self, result: Any) -> None:
-        if isinstance(result, Tensor):
-            self._see(result)
-        elif isinstance(result, (list, tuple)):
-            for entry in result:
-                self._see_all(entry)
+    def made(self, size: int) -> Storage:
+        """Where and when it comes to be."""
+        return Storage(size, self.phase, self._module())
 
-    def _see(self, tensor: Tensor) -> Storage:
-        storage = tensor.untyped_storage()
-        key = int(storage._cdata)
-        known = self._storages.get(key)
-        if known is not None:
-            return known[1]
-        entry = Storage(storage.nbytes(), self.phase, self._module())
-        self._storages[key] = (weakref.ref(storage, lambda _: self._gone(key)), entry)
-        self.live += entry.bytes
-        self._journal.append((entry, entry.bytes))
-        self._note_peak(Region(entry.phase, entry.module))
-        return entry
+    def changed(self, storage: Storage, change: int) -> None:
+        """Into the journal."""
+        self._journal.append((storage, change))
+        if change > 0:
+            self._note_peak(Region(storage.phase, storage.module))
 
     def _note_peak(self, region: Region) -> None:
         if self.live > self._peaks.get(region, (-1, 0))[0]:
             self._peaks[region] = (self.live, len(self._journal))
-
-    def _gone(self, key: int) -> None:
-        _, storage = self._storages.pop(key)
-        self.live -= storage.bytes
-        self._journal.append((storage, -storage.bytes))
 
     def _module(self) -> str:
         """The module at work: by the forward that runs, or by the forward that made the node that runs."""

@@ -28,7 +28,7 @@ class Responses:
             self._carriers.append([carrier for carrier in inside if carrier is not None])
             if not self._carriers[-1]:
                 raise LayerSparseError(
-                    f"only adapters can be suppressed, and {block} has none of ours; fastpeft.patch(model) first"
+                    f"adapters can be suppressed, and {block} has none of ours; fastpeft.patch(model) first"
                 )
         device = next(model.parameters()).device
         self._factors: list[Tensor] = [torch.ones((), device=device) for _ in blocks]

@@ -82,8 +82,8 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters.append(adapter)
     if (problem := unfit(module, x, adapters)) is not None:
         return _peft(module, problem, x, **kwargs)
-    # Several of AdaLoRA's are added in turn as PEFT does it: their ranks' sum in one product rounds otherwise,
-    # which PEFT's own tests of mixed models can tell.
+    # Several of AdaLoRA's are added in turn, as PEFT does it: one product of all their ranks rounds
+    # otherwise, which PEFT's own tests of mixed models can tell.
     in_turn = len(adapters) > 1 and "lora_E" in module._modules
     weight = None if in_turn else _fusable_weight(base, x, adapters[0])
     if weight is None:

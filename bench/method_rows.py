@@ -76,6 +76,13 @@ def _vera(ours: Any) -> Any:
     return VeraConfig(r=ours.r, target_modules="all-linear", d_initial=ours.d_initial)
 
 
+def _adalora(ours: Any) -> Any:
+    from peft import AdaLoraConfig
+
+    fields = ("init_r", "target_r", "total_step", "lora_alpha")
+    return AdaLoraConfig(target_modules="all-linear", **{name: getattr(ours, name) for name in fields})
+
+
 def _prefix(ours: Any) -> Any:
     from peft import PrefixTuningConfig
 
@@ -90,8 +97,9 @@ def _prompt(ours: Any) -> Any:
 
 PEFT: dict[str, Callable[[Any], Any]] = {
     "lora-fa": _lora,
+    "adalora": _adalora,
     "vera": _vera,
     "prefix": _prefix,
     "prompt": _prompt,
 }
-"""By our name, PEFT's configuration of the same; it has neither BitFit nor bottleneck adapters."""
+"""By our name, PEFT's configuration of the same; it has no other of the methods."""

@@ -292,6 +292,7 @@ def test_downloads_that_fail_say_what_to_do(module, tmp_path, monkeypatch):
         gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc"),
         gzip.compress(b"\0\0\x0d\x01\0\0\0\0"),
     ],
+    ids=["empty", "no-gzip", "nothing-in-it", "too-short", "another-kind"],
 )
 def test_what_is_no_idx_file_is_one_error(module, data):
     with pytest.raises(input_error(), match="not a gzipped IDX file of bytes"):

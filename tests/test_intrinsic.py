@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import fastpeft
-import intrinsic_dimension as toy
 from bench.saved import count, state_of
 from fastpeft import IntrinsicDimension, intrinsic
 from fastpeft.ops import subspace, subspace_layers, subspace_rows
@@ -26,11 +26,18 @@ from fastpeft.ops.subspace import Projection, add_projected, coordinates, projec
 from tests import architectures
 from tests.models import gpt2, llama, tokens
 from tests.test_bitfit import bert
+from tests.test_example import examples_on_path  # noqa: F401  (fixture)
 from tests.test_patch import assert_unchanged, snapshot
 from tests.tolerance import assert_within_rule
 
 KINDS = ["fastfood", "hashed"]
 F64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The example's toy problem, whose intrinsic dimension is known."""
+    return importlib.import_module("intrinsic_dimension")
 
 
 def projection_of(kind, d, numels, seed=3):
@@ -655,7 +662,7 @@ def test_what_it_has_not():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_dimensions_solve_ten_constraints_and_nine_do_not(kind, tmp_path):
+def test_ten_dimensions_solve_ten_constraints_and_nine_do_not(kind, tmp_path, toy):
     seen = []
     found = intrinsic.measure(
         toy.Toy,
@@ -683,7 +690,7 @@ def test_ten_dimensions_solve_ten_constraints_and_nine_do_not(kind, tmp_path):
     assert "none of these" in str(none)
 
 
-def test_a_threshold_above_chance():
+def test_a_threshold_above_chance(toy):
     scores = iter([0.9, 0.85, 0.87])
     found = intrinsic.measure(toy.Toy, lambda m: None, lambda m: next(scores), [1, 2], floor=0.5)
     assert found.threshold == pytest.approx(0.86)
@@ -700,14 +707,14 @@ def test_a_threshold_above_chance():
         ({"ladder": [1], "seeds": ()}, "expected at least one of each"),
     ],
 )
-def test_bad_measurements(options, said):
+def test_bad_measurements(options, said, toy):
     with pytest.raises(fastpeft.ConfigError, match=said):
         intrinsic.measure(toy.Toy, toy.train, toy.evaluate, **options)
     with pytest.raises(fastpeft.ConfigError, match="expected a finite score, got nan after full training"):
         intrinsic.measure(toy.Toy, toy.train, lambda m: math.nan, [1])
 
 
-def test_the_example_prints_and_draws(tmp_path, capsys):
+def test_the_example_prints_and_draws(tmp_path, capsys, toy):
     toy.main(["--seeds", "1", "--projection", "hashed", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "d90 = 10" in printed

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import corpus
+import dtypes
 import fastpeft
 import finetune
 import shakespeare
@@ -144,10 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tuning-steps", type=int, default=20)
     add("--batch", type=int, default=2)
     add("--sequence", type=int, default=128)
-    add("--dtype", choices=finetune.DTYPES, default="bf16")
+    add("--dtype", choices=dtypes.DTYPES, help=dtypes.HELP)
     add("--out", type=Path, default=Path("runs/compare"))
     add("--cache", type=Path, default=ROOT / ".cache")
     o = parser.parse_args(argv)
+    o.dtype = o.dtype or dtypes.quickest()
     transformers.utils.logging.disable_progress_bar()
     try:
         return compare(o)

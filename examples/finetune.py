@@ -34,10 +34,9 @@ import options
 import report
 import shakespeare
 import smollm2
+from dtypes import DTYPES
 from errors import InputError
 from report import say
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Held-out tokens scored per text, in windows spread over the whole of it.
 EVALUATION_TOKENS = 4096

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import dtypes
+
 ADAPTERS = ("lora", "dora", "ist")  # the others train the model's own layers
 METHODS = (*ADAPTERS, "lisa", "badam", "topk")
 SCHEDULED = METHODS[2:]
@@ -80,9 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     data.add_argument(
         "--prompt", metavar="TEXT", help="what the two samples start from; without it one fit for the text"
     )
-    data.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model; adapters are fp32"
-    )
+    data.add_argument("--dtype", choices=dtypes.DTYPES, help=dtypes.HELP)
 
     parser.add_argument(
         "--method",
@@ -140,6 +140,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     given = vars(parser.parse_args(argv))
     if given["lr"] is None:
         given["lr"] = LEARNING_RATES[given["method"] in ADAPTERS]
+    if given["dtype"] is None:
+        given["dtype"] = dtypes.quickest()
     return Options(**given)
 
 

@@ -90,14 +90,11 @@ class LoRA:
         fields.check_one_of("dora_dropout", self.dora_dropout, get_args(DoRADropout))
         for name in ("use_dora", "use_rslora", "freeze_lora_A"):
             fields.check_flag(name, getattr(self, name))
-        self._store("target_modules", fields.selector("target_modules", self.target_modules))
-        self._store("exclude_modules", fields.selector("exclude_modules", self.exclude_modules))
-        self._store("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ()))
+        fields.settle_selection(self)
         self._store("rank_pattern", fields.pattern("rank_pattern", self.rank_pattern, fields.check_count))
         self._store(
             "alpha_pattern", fields.pattern("alpha_pattern", self.alpha_pattern, fields.check_positive)
         )
-        self._store("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform))
         self._check_initialisation()
 
     def _store(self, name: str, value: Any) -> None:

@@ -111,6 +111,21 @@ def indices(where: str, value: object) -> tuple[int, ...] | None:
     return found or None
 
 
+def settle_selection(config: object) -> None:
+    """Put the checked form of the four fields by which every method chooses modules in their place.
+
+    They are ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` of a
+    frozen configuration that is being made.
+    """
+    for name, check in (
+        ("target_modules", selector),
+        ("exclude_modules", selector),
+        ("layers_to_transform", indices),
+        ("modules_to_save", lambda where, value: names(where, value or ())),
+    ):
+        object.__setattr__(config, name, check(name, getattr(config, name)))
+
+
 def lookup(patterns: Mapping[str, N], module_path: str, default: N) -> N:
     """PEFT's rule: the first key that is the path or, after a dot, its end, as a regular expression."""
     for key, value in patterns.items():

@@ -91,6 +91,14 @@ def arguments(model_folder, text, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("fp32_wins", "expected"), [(True, "fp32"), (False, "bf16")])
+def test_the_dtype_is_the_one_this_cpu_is_quick_in(fp32_wins, expected, monkeypatch):
+    options, dtypes = (importlib.import_module(name) for name in ("options", "dtypes"))
+    monkeypatch.setattr(dtypes, "fp32_is_faster", lambda dtype: fp32_wins)
+    assert options.parse([]).dtype == expected
+    assert options.parse(["--dtype", "bf16"]).dtype == "bf16"
+
+
 @pytest.mark.parametrize(("method", "dtype"), [("lora", "fp32"), ("lora", "bf16"), ("dora", "bf16")])
 def test_whole_job(finetune, arguments, tmp_path, capsys, method, dtype):
     out = tmp_path / "out"

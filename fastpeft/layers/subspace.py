@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fastpeft.layers.kinds import is_conv1d_class
 from fastpeft.ops.subspace import Projection, coordinates
-from fastpeft.ops.subspace_layers import spec_of, subspace_embedding, subspace_linear, subspace_weight
+from fastpeft.ops.subspace_embedding import subspace_embedding
+from fastpeft.ops.subspace_linear import subspace_linear
+from fastpeft.ops.subspace_weight import subspace_weight
 
 CHILD = "subspace"  # its name in the model
 _SLOT = "_fastpeft_subspace"
@@ -72,7 +74,7 @@ class Subspace(nn.Module):
         if self.lambdas is not None:
             theta_d = theta_d * self.lambdas[scale]
         phi = coordinates(self.projection, theta_d, self.tables).to(weight.device)
-        return phi, [table.to(weight.device) for table in self.tables], spec_of(self.projection)
+        return phi, [table.to(weight.device) for table in self.tables], self.projection.spec()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``: an ``nn.Sequential`` runs every child that it has."""

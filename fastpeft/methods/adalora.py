@@ -123,14 +123,8 @@ class AdaLoRA:
         fields.check_probability("lora_dropout", self.lora_dropout)
         fields.check_one_of("bias", self.bias, get_args(Bias))
         fields.check_flag("init_lora_weights", self.init_lora_weights)
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-            ("rank_pattern", _checked_pattern(self.rank_pattern, self.init_r)),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
+        object.__setattr__(self, "rank_pattern", _checked_pattern(self.rank_pattern, self.init_r))
 
     def kept(self, module_path: str) -> tuple[bool, ...] | None:
         """Return which triplets ``rank_pattern`` keeps of a module, None where it does not name it."""

@@ -47,13 +47,7 @@ class BitFit:
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
 
 
 class BitFitMethod(Method):

@@ -63,13 +63,7 @@ class Bottleneck:
         fields.check_count("bottleneck_size", self.bottleneck_size)
         fields.check_one_of("non_linearity", self.non_linearity, get_args(NonLinearity))
         fields.check_positive("scaling", self.scaling)
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
 
 
 @dataclass(frozen=True, kw_only=True)

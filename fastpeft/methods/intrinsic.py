@@ -1,11 +1,11 @@
 """Intrinsic dimension: training in a random subspace of d dimensions.
 
     theta = theta_0 + P theta_d                    Li et al. 2018, arXiv 1804.08838
-    theta_i = theta_0,i + lambda_i P_i theta_d     with a scale for each module (SAID), Aghajanyan et al.
-    2020,
-                                                   arXiv 2012.13255
+    theta_i = theta_0,i + lambda_i P_i theta_d     with a scale for each module (SAID),
+                                                   Aghajanyan et al. 2020, arXiv 2012.13255
 
-The projection is in :mod:`fastpeft.ops.subspace`, what layers compute in :mod:`fastpeft.ops.subspace_layers`.
+The projection is in :mod:`fastpeft.ops.subspace`, what layers compute in :mod:`fastpeft.ops.subspace_linear`,
+:mod:`fastpeft.ops.subspace_embedding` and :mod:`fastpeft.ops.subspace_weight`.
 PEFT has no such method; the files are like its own, and hold d numbers: P follows from the seed. How d is
 measured: :mod:`fastpeft.intrinsic`.
 """
@@ -84,13 +84,7 @@ class IntrinsicDimension:
         fields.check_one_of("projection", self.projection, get_args(Kind))
         fields.check_flag("structure_aware", self.structure_aware)
         fields.check_count("seed", self.seed, least=0)
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
 
 
 class IntrinsicDimensionMethod(Method):

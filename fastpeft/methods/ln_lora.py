@@ -57,13 +57,7 @@ class LNLoRA:
         fields.check_count("r", self.r, least=2)
         fields.check_positive("lora_alpha", self.lora_alpha)
         fields.check_probability("lora_dropout", self.lora_dropout)
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
 
     @property
     def scaling(self) -> float:

@@ -71,13 +71,7 @@ class VeRA:
         fields.check_one_of("bias", self.bias, get_args(Bias))
         for name in ("save_projection", "init_weights"):
             fields.check_flag(name, getattr(self, name))
-        for name, value in (
-            ("target_modules", fields.selector("target_modules", self.target_modules)),
-            ("exclude_modules", fields.selector("exclude_modules", self.exclude_modules)),
-            ("layers_to_transform", fields.indices("layers_to_transform", self.layers_to_transform)),
-            ("modules_to_save", fields.names("modules_to_save", self.modules_to_save or ())),
-        ):
-            object.__setattr__(self, name, value)
+        fields.settle_selection(self)
 
     @classmethod
     def from_peft(cls, config: Any) -> VeRA:

@@ -31,11 +31,16 @@ MIN_TOKENS = 64
 def products_in_fp32(x: Tensor) -> bool:
     """Whether the torch backend should multiply ``x`` [tokens, in_features] in fp32 blocks."""
     sixteen_bits = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cpu and sixteen_bits and x.shape[0] >= MIN_TOKENS and _fp32_is_faster(x.dtype)
+    return x.is_cpu and sixteen_bits and x.shape[0] >= MIN_TOKENS and fp32_is_faster(x.dtype)
 
 
 @cache
-def _fp32_is_faster(dtype: torch.dtype) -> bool:
+def fp32_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU's fp32 products are clearly faster than those of a 16-bit dtype.
+
+    Raises:
+        ConfigError: ``FASTPEFT_CPU_GEMM`` holds something else than a choice.
+    """
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if choice not in CHOICES:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(CHOICES)}, got {choice!r}")

@@ -88,6 +88,15 @@ class Projection:
     seed: int
     total: int
 
+    def spec(self) -> list[int]:
+        """Return the projection as custom ops take it: (is_fastfood, d, seed, total)."""
+        return [int(self.is_fastfood), self.d, self.seed, self.total]
+
+    @classmethod
+    def from_spec(cls, spec: Sequence[int]) -> Projection:
+        """Return the projection of a :meth:`spec`."""
+        return cls(bool(spec[0]), *spec[1:])
+
     @property
     def block(self) -> int:
         """Parameters in a block, n: as many coordinates as :func:`coordinates` returns."""

@@ -11,10 +11,10 @@ from fastpeft.ops import cpu_gemm
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    cpu_gemm._fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_is_faster.cache_clear()
     monkeypatch.delenv(cpu_gemm.ENVIRONMENT_VARIABLE, raising=False)
     yield
-    cpu_gemm._fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_is_faster.cache_clear()
 
 
 def rates(monkeypatch, **seconds: float) -> None:
@@ -30,7 +30,7 @@ def test_the_measurement_decides_with_a_margin(monkeypatch):
     assert cpu_gemm.products_in_fp32(x)
     rates(monkeypatch, bfloat16=9.0, float32=10.0)
     assert cpu_gemm.products_in_fp32(x), "once in a process"
-    cpu_gemm._fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_is_faster.cache_clear()
     rates(monkeypatch, bfloat16=1.2, float32=1.0)
     assert not cpu_gemm.products_in_fp32(x)
 
@@ -52,10 +52,10 @@ def test_the_environment_overrides(monkeypatch):
     x = torch.ones(512, 8, dtype=torch.bfloat16)
     for choice in ("fp32", "native"):
         monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, choice)
-        cpu_gemm._fp32_is_faster.cache_clear()
+        cpu_gemm.fp32_is_faster.cache_clear()
         assert cpu_gemm.products_in_fp32(x) is (choice == "fp32")
     monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, "fast")
-    cpu_gemm._fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_is_faster.cache_clear()
     with pytest.raises(fastpeft.ConfigError, match="expected one of auto, native, fp32, got 'fast'"):
         cpu_gemm.products_in_fp32(x)
 

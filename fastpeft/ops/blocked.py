@@ -36,6 +36,12 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, out_features)) for start in range(0, out_features, rows))
 
 
+def weight_product(weight: Tensor, lora_A: Tensor) -> Tensor:
+    """Return W A^T [out_features, r] in fp32."""
+    At = lora_A.float().t()
+    return torch.cat([weight[rows].float() @ At for rows in _blocks(weight)])
+
+
 def forward(
     x: Tensor,
     weight: Tensor,

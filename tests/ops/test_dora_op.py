@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastpeft
+from fastpeft.ops import row_norm as row_norms
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.features import scale_features
@@ -187,6 +188,24 @@ def test_factored_norm_is_the_norm():
     # An update that cancels the row leaves rounding below zero under the root: clamped, not NaN.
     W = torch.randn(3, 4)
     assert torch.isfinite(row_norm(W, torch.eye(4), -W, 1.0, row_norm_squared(W))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_by_fp32_blocks(dtype, force_products):
+    t = problem((1,), 40, 70, row_norms.MIN_RANK, dtype)
+    names = ("weight", "lora_A", "lora_B")
+    W, A, B = (t[name].detach() for name in names)
+    exact = (W.double() + SCALING * B.double() @ A.double()).norm(dim=1)
+    found = {}
+    for way in ("native", "fp32"):
+        force_products(way)
+        found[way] = row_norm(W, A, B, SCALING, row_norm_squared(W))
+    assert_within_rule(found["fp32"], exact, found["native"], "n")
+    # W A^T is rounded once less, and the blocks of a few rows are all of W's rows.
+    assert not torch.equal(found["fp32"], found["native"])
+    fewer = row_norm(W, A[:-1], B[:, :-1], SCALING, row_norm_squared(W))
+    force_products("native")
+    assert torch.equal(fewer, row_norm(W, A[:-1], B[:, :-1], SCALING, row_norm_squared(W)))
 
 
 class Allocations(TorchDispatchMode):

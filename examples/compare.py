@@ -32,11 +32,10 @@ from rich.table import Table
 
 import corpus
 import dtypes
-import fastpeft
 import finetune
 import shakespeare
 import smollm2
-from errors import InputError
+from errors import InputError, exit_code
 from methods import METHODS
 from options import ROOT
 from report import say
@@ -151,14 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = parser.parse_args(argv)
     o.dtype = o.dtype or dtypes.quickest()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        return compare(o)
-    except (InputError, fastpeft.FastPeftError) as error:
-        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code("compare.py", lambda: compare(o), goes_on=True)
 
 
 def compare(o: argparse.Namespace) -> int:
@@ -167,6 +159,7 @@ def compare(o: argparse.Namespace) -> int:
         raise InputError("--steps, --tuning-steps and --batch: expected at least 1; --sequence: at least 2")
     for folder, option in ((o.out, "--out"), (o.cache, "--cache")):
         finetune.make_folder(folder, option)
+    finetune.check_model(o.model)
     job = prepare(o)
     settings = {
         "steps": o.steps, "tuning_steps": o.tuning_steps, "batch": o.batch, "sequence": o.sequence,

@@ -35,7 +35,7 @@ import report
 import shakespeare
 import smollm2
 from dtypes import DTYPES
-from errors import InputError
+from errors import InputError, exit_code
 from report import say
 
 # Held-out tokens scored per text, in windows spread over the whole of it.
@@ -57,14 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the whole job; returns the exit code: 0, 1 if the saved adapter differs, 2 for wrong input."""
     o = options.parse(argv)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        return finetune(o)
-    except (InputError, fastpeft.FastPeftError) as error:
-        print(f"finetune.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("finetune.py: interrupted", file=sys.stderr)
-        return 130
+    return exit_code("finetune.py", lambda: finetune(o))
 
 
 def finetune(o: options.Options) -> int:
@@ -72,9 +65,7 @@ def finetune(o: options.Options) -> int:
     began = time.perf_counter()
     make_folder(o.out, "--out")
     make_folder(o.cache, "--cache")
-
-    if o.model and not (o.model / "config.json").is_file():
-        raise InputError(f"--model {o.model}: not a transformers model folder, it has no config.json")
+    check_model(o.model)
     if o.prompt is not None and not o.prompt.strip():
         raise InputError("--prompt: holds no text")
 
@@ -301,6 +292,12 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: cannot load its tokenizer: {error}") from error
+
+
+def check_model(folder: Path | None) -> None:
+    """Raise InputError if --model names something else than a model's folder, before any long work."""
+    if folder and not (folder / "config.json").is_file():
+        raise InputError(f"--model {folder}: not a transformers model folder, it has no config.json")
 
 
 def make_folder(folder: Path, option: str) -> None:

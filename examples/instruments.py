@@ -29,7 +29,7 @@ import fastpeft
 import finetune
 import shakespeare
 import smollm2
-from errors import InputError
+from errors import InputError, exit_code
 from fastpeft import instruments
 from fastpeft.instruments import plots
 from fastpeft.targets import repeated_blocks
@@ -67,20 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run it; 0, or 2 and one line for wrong input."""
     o = parser().parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        for name, least in (("steps", 1), ("batch", 1), ("sequence", 2), ("removals", 1)):
-            if getattr(o, name) is not None and getattr(o, name) < least:
-                raise InputError(f"--{name}: expected at least {least}, got {getattr(o, name)}")
-        return run(o)
-    except (InputError, fastpeft.FastPeftError) as error:
-        print(f"instruments.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_code("instruments.py", lambda: run(o))
 
 
 def run(o: argparse.Namespace) -> int:
     """Train, measure and draw."""
+    for name, least in (("steps", 1), ("batch", 1), ("sequence", 2), ("removals", 1)):
+        if getattr(o, name) is not None and getattr(o, name) < least:
+            raise InputError(f"--{name}: expected at least {least}, got {getattr(o, name)}")
     began = time.perf_counter()
     finetune.make_folder(o.out, "--out")
+    finetune.check_model(o.model)
     finetune.make_folder(o.cache, "--cache")
     text = corpus.from_file(o.text) if o.text else shakespeare.load(o.cache, say)
     folder = o.model or smollm2.prepare(o.cache, say)

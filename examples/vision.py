@@ -39,7 +39,7 @@ import finetune
 import report
 import results
 from classifier import Classifier, Inputs
-from errors import InputError
+from errors import InputError, exit_code
 from options import ROOT
 from report import say
 
@@ -118,17 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--table", type=Path, metavar="FILE", help="print the table of a results file, and do nothing else")
     o = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        if o.table:
-            show(results.load(o.table))
-            return 0
-        return compare(o)
-    except (InputError, fastpeft.FastPeftError) as error:
-        print(f"vision.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vision.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    if o.table:
+        return exit_code("vision.py", lambda: show(results.load(o.table)))
+    return exit_code("vision.py", lambda: compare(o), goes_on=True)
 
 
 def compare(o: argparse.Namespace) -> int:
@@ -139,6 +131,7 @@ def compare(o: argparse.Namespace) -> int:
         )
     for folder, option in ((o.out, "--out"), (o.cache, "--cache")):
         finetune.make_folder(folder, option)
+    finetune.check_model(o.model)
     folder = o.model or dinov2.prepare(o.cache, say)
     train, held_out = pictures(o)
     settings = {
@@ -272,8 +265,8 @@ def trained(job: Job, name: str, o: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the table."""
+def show(found: dict[str, Any]) -> int:
+    """Print the table; return the exit code 0."""
     settings = found["settings"]
     table = Table(
         title=f"{settings['model']} on Fashion-MNIST: {settings['train']:,} pictures of "
@@ -293,6 +286,7 @@ def show(found: dict[str, Any]) -> None:
         )
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     say("peak: of all tensors alive in a training step, weights and moments included")
+    return 0
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -266,7 +266,7 @@ def test_the_head_is_the_best_of_its_kind(classify):
         (["--length", "3"], "--length: at least 4"),
         (["--held-out", "4000"], "expected more than 4000 to hold out"),
         (["--data", "/nowhere.txt"], "--data /nowhere.txt: No such file or directory"),
-        (["--model", "/nowhere"], "/nowhere: cannot load its tokenizer"),
+        (["--model", "/nowhere"], "--model /nowhere: not a transformers model folder, it has no config.json"),
         (["--table", "/nowhere.json"], "/nowhere.json: cannot read it as results"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -131,7 +131,7 @@ def test_a_reloaded_adapter_that_differs_is_an_error(vision, arguments, monkeypa
     [
         (["--side", "9"], "--side 9: expected a multiple of the model's patch, 2"),
         (["--steps", "0"], "--steps, --batch and --side: at least 1"),
-        (["--model", "/nowhere"], "/nowhere: cannot load a Dinov2"),
+        (["--model", "/nowhere"], "--model /nowhere: not a transformers model folder, it has no config.json"),
         (["--table", "/nowhere.json"], "/nowhere.json: cannot read it as results"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -16,6 +16,7 @@ from entries import ENTRIES
 from report import say
 
 MIB = 2**20
+FAR = 5  # points below the linear probe
 
 
 def show(found: dict[str, Any]) -> int:
@@ -67,19 +68,32 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Accuracy against the parameters that train, into a PNG file."""
+    """Accuracy of every method, in the order of what trains, into a PNG file.
+
+    A method far below the others is said at the edge, so that the others can be told apart.
+    """
     matplotlib.use("Agg")  # draws into files; needs no display
     from matplotlib import pyplot  # after the choice of backend
 
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    axes.axhline(100 * found["probe"]["accuracy"], color="0.6", linestyle="--", label="linear probe")
-    for name, runs in found.get("runs", {}).items():
-        values = [100 * run["accuracy"] for run in runs.values()]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        x, y = found["memory"][name]["trained"], statistics.mean(values)
-        axes.errorbar([x], [y], yerr=[spread], fmt="o", capsize=3)
-        axes.annotate(ENTRIES[name].label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="parameters that train", ylabel="held-out accuracy, %")
-    axes.legend()
+    trained = {name: found["memory"][name]["trained"] for name in found.get("runs", {})}
+    names = sorted(trained, key=lambda name: trained[name], reverse=True)
+    values = {n: [100 * run["accuracy"] for run in found["runs"][n].values()] for n in names}
+    means = {name: statistics.mean(of_one) for name, of_one in values.items()}
+    probed = 100 * found["probe"]["accuracy"]
+    edge = min([probed, *(mean for mean in means.values() if mean > probed - FAR)]) - 2
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(names)), layout="constrained")
+    axes.axvline(probed, color="0.6", linestyle="--", label="linear probe")
+    for place, name in enumerate(names):
+        if means[name] < edge:
+            axes.annotate(f"\N{LEFTWARDS ARROW} {means[name]:.1f}", (edge, place), va="center", fontsize=8)
+            continue
+        axes.scatter(values[name], [place] * len(values[name]), color="0.7", s=12)
+        spread = statistics.stdev(values[name]) if len(values[name]) > 1 else 0.0
+        axes.errorbar([means[name]], [place], xerr=[spread], fmt="o", capsize=3, color="C0")
+    labels = [f"{ENTRIES[name].label}  ({trained[name]:,})" for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
+    axes.set(xlabel="held-out accuracy, %, of each seed, mean and deviation", ylabel="parameters that train")
+    axes.set_xlim(left=edge)
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -16,6 +16,9 @@ _DPI = 120
 def plot_weight_norms(norms: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
     """Draw mean weight norms by layer, a line for each method: LISA's figure 2.
 
+    Short trainings hardly move a norm. So beside them, where there are several methods, is how far each lies
+    from the first one's.
+
     Args:
         norms: by method, what :meth:`WeightNorms.mean` returned.
         path: of the picture, its format by its ending.
@@ -24,14 +27,22 @@ def plot_weight_norms(norms: Mapping[str, Mapping[str, float]], path: str | Path
         ConfigError: matplotlib is missing, or there is nothing to draw.
     """
     figure = _figure(norms, width=8.0)
-    axes = figure.subplots()
     names = list(dict.fromkeys(layer for found in norms.values() for layer in found))
+    first = next(iter(norms.values()))
+    panels = figure.subplots(2 if len(norms) > 1 else 1, sharex=True, squeeze=False)[:, 0]
     for method, found in norms.items():
         places = [i for i, name in enumerate(names) if name in found]
-        axes.plot(places, [found[names[i]] for i in places], marker="o", markersize=3, label=method)
-    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize=7)
-    axes.set(xlabel="layer", ylabel="mean weight norm", yscale="log")
-    axes.legend()
+        line = {"marker": "o", "markersize": 3, "label": method}
+        panels[0].plot(places, [found[names[i]] for i in places], **line)
+        if len(panels) > 1:
+            shared = [i for i in places if names[i] in first]
+            apart = [100 * (found[names[i]] / first[names[i]] - 1) for i in shared]
+            panels[1].plot(shared, apart, **line)
+            panels[1].set_ylabel(f"from {next(iter(norms))}'s, %")
+    panels[-1].set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize=7)
+    panels[-1].set_xlabel("layer")
+    panels[0].set(ylabel="mean weight norm", yscale="log")
+    panels[0].legend()
     figure.savefig(path, dpi=_DPI)
 
 
@@ -53,8 +64,11 @@ def plot_changes(changes: Mapping[str, Sequence[Change]], path: str | Path) -> N
         x = [change.direction for change in found]
         dots = panel.scatter(x, [change.magnitude for change in found], c=layers, cmap="viridis", s=14)
         figure.colorbar(dots, ax=panel, label="layer")
-        panel.set(title=f"{method}, correlation {r:+.2f}", xlabel="ΔD (direction)", ylabel="ΔM (magnitude)")
+        panel.set(xlabel="ΔD (direction)", ylabel="ΔM (magnitude)")
+        panel.set_title(f"{method}, correlation {r:+.2f}", y=1.0, pad=14)  # above the axis' power of ten
         panel.margins(0.1)
+        panel.locator_params(nbins=4)
+        panel.ticklabel_format(scilimits=(-2, 3))
     figure.savefig(path, dpi=_DPI)
 
 

@@ -1,6 +1,6 @@
 """Figures of three papers, on one model and text: weight norms, magnitude and direction, removed adapters.
 
-    python examples/instruments.py                  SmolLM2-135M on Shakespeare, about six minutes on two cores
+    python examples/instruments.py                  SmolLM2-135M on Shakespeare, six minutes
     python examples/instruments.py --model FOLDER --text FILE
     python examples/instruments.py --help
 

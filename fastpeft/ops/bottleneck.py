@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
 from fastpeft.choice import choice_key, choose
@@ -36,6 +35,7 @@ from fastpeft.ops import kernel_paths
 from fastpeft.ops._common import flatten_tokens, scaled_cast, unflatten_tokens, without_autocast
 from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.features import feature_sum
+from fastpeft.ops.second_order import differentiable
 
 NonLinearity = Literal["relu", "tanh", "gelu", "gelu_tanh", "silu"]
 _aten = torch.ops.aten
@@ -316,6 +316,6 @@ class _Bottleneck(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable()
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)

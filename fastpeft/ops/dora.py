@@ -50,10 +50,11 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.row_norm import checked_row_scale, row_norm, row_norm_squared, row_scale
+from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 from fastpeft.ops.ways import way_for
 
 
@@ -67,11 +68,18 @@ def dora_linear_reference(
     scaling: float,
     mask: Tensor | None = None,
     dropout_on_base: bool = True,
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """The formula with the full [out_features, in_features] update, in whatever dtype it is given."""
+    """The formula with the full [out_features, in_features] update, in whatever dtype it is given.
+
+    With a ``norm`` that is at hand the update is not formed, and zero rows are zero.
+    """
     dropped = x if mask is None else x * mask
-    norm: Tensor = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1).detach()
-    c = magnitude / norm
+    if norm is None:
+        norm = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1).detach()
+        c = magnitude / norm
+    else:
+        c = torch.where(norm > 0, magnitude / norm, 0.0).to(x.dtype)
     base = dropped if dropout_on_base else x
     y = x @ weight.T + (c - 1) * (base @ weight.T) + c * scaling * ((dropped @ lora_A.T) @ lora_B.T)
     return y if bias is None else y + bias
@@ -433,6 +441,26 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
 _dora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    need_x, _weight, need_bias, need_A, need_B, need_m = ctx.needs_input_grad[:6]
+    x, _kept, weight, lora_A, lora_B, magnitude, _S, norm, seed = ctx.saved_tensors
+    scaling, p, on_base, _keeps_z, backend, bias_dtype, _ = ctx.options
+    x = saved_x(x, dy, weight.shape[1], (need_A, need_B, need_m))
+    mask = mask_of(x, p, seed, backend)
+
+    def formula(x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> tuple[Tensor]:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        return (dora_linear_reference(x, weight, bias, A, B, m, scaling, mask, on_base, norm),)
+
+    bias = weight.new_zeros(weight.shape[0], dtype=bias_dtype) if need_bias else None
+    need = (need_x, need_bias, need_A, need_B, need_m)
+    found = gradients_of((dy,), (x, bias, lora_A, lora_B, magnitude), need, formula)
+    dx, dbias, dA, dB, dm = found
+    return dx, None, dbias, dA, dB, dm, *(None,) * 6
+
+
 class _DoRALinear(torch.autograd.Function):
     """``fastpeft::dora_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
@@ -448,7 +476,7 @@ class _DoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_by_reference)
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12

@@ -10,15 +10,12 @@ The memory planner looks at what the calls allocate, and wants to see the inside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 _seen_through = False
 
@@ -58,17 +55,3 @@ def runs_eagerly(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and (_seen_through or not isinstance(x, FakeTensor))
     )
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, which takes 11 us a call, only where a graph of the backward is being built.
-
-    Nothing else can be differentiated a second time: without ``create_graph`` gradients are off in backward.
-    """
-    guarded: Callable[..., Any] = once_differentiable(backward)
-
-    @wraps(backward)
-    def either(ctx: Any, *gradients: Tensor | None) -> Any:
-        return guarded(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
-
-    return either

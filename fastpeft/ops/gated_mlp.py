@@ -32,10 +32,11 @@ from fastpeft.ops import block_kernels, gated_mlp_torch, packed
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import differentiable_once, runs_eagerly
+from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.gated_mlp_torch import activated
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.products import Need
+from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 from fastpeft_kernels.projection import Projection
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -345,6 +346,32 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 _gated_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    need, layout, complete, scalings, activation, dropout_p, backend = ctx.options
+    if dy is None:
+        return *(None,) * 8, *packed.no_gradients(layout)
+    _S, _S_down, x, _g, _u, _live_p, seeds, *rest = ctx.saved_tensors
+    tensors = rest[3:]
+    x = saved_x(x, dy, tensors[0].shape[1], (True,))
+    h_like = x.new_empty(()).expand(*x.shape[:-1], tensors[0].shape[0])
+    pairs = zip((x, x, h_like), linears.with_seeds(dropout_p, seeds), strict=True)
+    masks = [mask_of(like, p, seed, backend) for like, (p, seed) in pairs]
+
+    def formula(x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        projections = packed.unpack(tensors, complete, scalings)
+        # Dropout on DoRA's base product never comes here.
+        g, u = (
+            linears.linear_reference(x, p, mask, False, p.norm)
+            for p, mask in zip(projections[:2], masks[:2], strict=True)
+        )
+        h = activated(g, activation) * u
+        return (linears.linear_reference(h, projections[2], masks[2], False, projections[2].norm),)
+
+    wanted = [need[0], *packed.need_by_tensor(need, complete)]
+    dx, *placed = gradients_of((dy,), [x, *tensors], wanted, formula)
+    return *(None,) * 7, dx, *packed.as_given(placed, layout, complete)
+
+
 class _GatedMLP(torch.autograd.Function):
     """``fastpeft::gated_mlp`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
@@ -367,7 +394,7 @@ class _GatedMLP(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_by_reference)
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, placed, *_ = _backward(ctx, (dy,))
         return None, None, None, None, None, None, None, dx, *placed

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft.errors import ShapeError
 from fastpeft.ops._common import (
@@ -34,6 +33,7 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.second_order import differentiable
 
 EPS = 1e-5  # torch.nn.LayerNorm's
 _aten = torch.ops.aten
@@ -263,6 +263,6 @@ class _LNLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable()
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)

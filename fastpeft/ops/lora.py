@@ -35,9 +35,10 @@ from fastpeft.ops._common import (
     without_autocast,
 )
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
+from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 from fastpeft.ops.ways import way_for
 
 
@@ -297,6 +298,24 @@ def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | N
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+    x, weight, lora_A, lora_B, _S, seed = ctx.saved_tensors
+    scaling, p, backend, bias_dtype = ctx.options
+    x = saved_x(x, dy, weight.shape[1], (need_A, need_B))
+    mask = mask_of(x, p, seed, backend)
+
+    def formula(x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor]:
+        return (lora_linear_reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype), scaling, mask),)
+
+    bias = weight.new_zeros(weight.shape[0], dtype=bias_dtype) if need_bias else None
+    need = (need_x, need_bias, need_A, need_B)
+    dx, dbias, dA, dB = gradients_of((dy,), (x, bias, lora_A, lora_B), need, formula)
+    return dx, None, dbias, dA, dB, None, None, None, None
+
+
 class _LoRALinear(torch.autograd.Function):
     """``fastpeft::lora_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
@@ -320,7 +339,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_by_reference)
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9

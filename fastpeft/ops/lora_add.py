@@ -32,8 +32,9 @@ from fastpeft.ops._common import (
 )
 from fastpeft.ops.cpu_gemm import products_in_fp32
 from fastpeft.ops.dropout import draw_seeds, keep, keep_, keep_bits, keep_scale
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
+from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 
 
 def lora_add_reference(
@@ -341,6 +342,23 @@ def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | N
 _lora_add.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    base_grad, *need = ctx.needs_input_grad[:4]
+    x, lora_A, lora_B, _S, _live_p, seed = ctx.saved_tensors
+    scaling, (p,), backend = ctx.options
+    x = saved_x(x, dy, lora_A.shape[1], need[1:])
+    mask = mask_of(x, p, seed, backend)
+
+    def formula(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor]:
+        zero = x.new_zeros(())
+        return (lora_add_reference(zero, x, A.to(x.dtype), B.to(x.dtype), scaling, mask),)
+
+    found = gradients_of((dy,), (x, lora_A, lora_B), need, formula)
+    return dy if base_grad else None, *found, *(None,) * 5
+
+
 class _LoRAAdd(torch.autograd.Function):
     """``fastpeft::lora_add`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
@@ -360,6 +378,6 @@ class _LoRAAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_by_reference)
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dy)  # as many: no live_p, but overwrite

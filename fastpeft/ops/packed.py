@@ -152,6 +152,28 @@ def no_gradients(layout: Sequence[int]) -> list[None]:
     return [None for bits in layout for i in range(len(FIELDS)) if bits >> i & 1]
 
 
+def need_by_tensor(need: Sequence[bool], layout: Sequence[int]) -> list[bool]:
+    """Return :func:`needed`'s answer for every tensor of :func:`pack`'s list."""
+    answers: list[bool] = []
+    for i, bits in enumerate(layout):
+        of_field = dict(zip(TRAINED, need[1 + 4 * i : 5 + 4 * i], strict=True))
+        answers += [of_field.get(f, False) for j, f in enumerate(FIELDS) if bits >> j & 1]
+    return answers
+
+
+def as_given(
+    gradients: Sequence[Tensor | None], layout: Sequence[int], complete: Sequence[int]
+) -> list[Tensor | None]:
+    """Return ``gradients`` of a list with the layout ``complete`` for the tensors of ``layout`` alone."""
+    by_field = _by_field(gradients, complete)
+    return [
+        fields[f]
+        for bits, fields in zip(layout, by_field, strict=True)
+        for i, f in enumerate(FIELDS)
+        if bits >> i & 1
+    ]
+
+
 def in_places(
     gradients: Sequence[Tensor], need: Sequence[bool], layout: Sequence[int]
 ) -> tuple[Tensor | None, list[Tensor | None]]:

@@ -107,8 +107,17 @@ def linear(x: Tensor, p: Projection, dropout_p: Probability) -> Tensor:
     return dora_linear(*base, p.magnitude, scaling=p.scaling, dropout_p=dropout_p, norm=p.norm)
 
 
+def with_seeds(ps: Sequence[float], seeds: Tensor | None) -> list[tuple[float, Tensor | None]]:
+    """Return each projection's p and, where anything is dropped, its seed [1]."""
+    return [(p, None if seeds is None else seeds[i : i + 1]) for i, p in enumerate(ps)]
+
+
 def linear_reference(
-    x: Tensor, p: Projection, mask: Tensor | None = None, dropout_on_base: bool = True
+    x: Tensor,
+    p: Projection,
+    mask: Tensor | None = None,
+    dropout_on_base: bool = True,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """The formula of one projection, in whatever dtype x has; ``mask`` holds 0 or 1/(1-p)."""
     if p.lora_A is None or p.lora_B is None:
@@ -117,4 +126,4 @@ def linear_reference(
     if p.magnitude is None:
         return lora_linear_reference(x, p.weight, p.bias, A, B, p.scaling, mask)
     m = p.magnitude.to(x.dtype)
-    return dora_linear_reference(x, p.weight, p.bias, A, B, m, p.scaling, mask, dropout_on_base)
+    return dora_linear_reference(x, p.weight, p.bias, A, B, m, p.scaling, mask, dropout_on_base, norm)

@@ -32,8 +32,9 @@ from fastpeft.ops import block_kernels, packed, stacked_torch
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
-from fastpeft.ops.eager import differentiable_once, runs_eagerly
+from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
+from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 from fastpeft_kernels.projection import Projection
 
 
@@ -274,6 +275,29 @@ def _filled(grads: Sequence[Tensor | None], projections: Sequence[Projection]) -
 _stacked_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _by_reference(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    need, layout, complete, scalings, dropout_p, backend = ctx.options
+    _S, x, _live_p, seeds, *rest = ctx.saved_tensors
+    tensors = rest[len(layout) :]
+    like = next((dy for dy in grads if dy is not None), None)
+    if like is None:
+        return None, None, None, None, None, None, *packed.no_gradients(layout)
+    x = saved_x(x, like, tensors[0].shape[1], [n.A or n.B or n.dot for n in packed.needs_of(need)])
+    masks = [mask_of(x, p, seed, backend) for p, seed in linears.with_seeds(dropout_p, seeds)]
+
+    def formula(x: Tensor, *tensors: Tensor) -> list[Tensor]:
+        projections = packed.unpack(tensors, complete, scalings)
+        # Dropout on DoRA's base product never comes here.
+        return [
+            linears.linear_reference(x, p, mask, False, p.norm)
+            for p, mask in zip(projections, masks, strict=True)
+        ]
+
+    wanted = [need[0], *packed.need_by_tensor(need, complete)]
+    dx, *placed = gradients_of(grads, [x, *tensors], wanted, formula)
+    return None, None, None, None, None, dx, *packed.as_given(placed, layout, complete)
+
+
 class _StackedLinear(torch.autograd.Function):
     """``fastpeft::stacked_linear`` without ``torch.library``'s dispatch (:mod:`fastpeft.ops.eager`)."""
 
@@ -294,7 +318,7 @@ class _StackedLinear(torch.autograd.Function):
         return tuple(output[: len(layout)])
 
     @staticmethod
-    @differentiable_once
+    @differentiable(_by_reference)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, placed, *_ = _backward(ctx, grads)
         return None, None, None, None, None, dx, *placed

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops._common import flatten_tokens, without_autocast
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.second_order import differentiable
 from fastpeft.ops.subspace import Projection, add_projected, projected_gradient
 from fastpeft.ops.subspace_rows import is_cheaper, rows_added, rows_gradient
 from fastpeft.ops.subspace_weight import check, for_op, subspace_weight_reference
@@ -155,6 +156,6 @@ class _Embedding(torch.autograd.Function):
         return _embedding(*inputs)
 
     @staticmethod
-    @differentiable_once
+    @differentiable()
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return _embedding_backward(ctx, dy)

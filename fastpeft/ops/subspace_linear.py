@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fastpeft.errors import ShapeError
 from fastpeft.ops._common import autocast_is_on, flatten_tokens, unflatten_tokens, without_autocast
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.features import feature_sum
+from fastpeft.ops.second_order import differentiable
 from fastpeft.ops.subspace import Projection, add_projected, projected_gradient
 from fastpeft.ops.subspace_weight import check, for_op, subspace_weight_reference
 
@@ -202,6 +203,6 @@ class _Linear(torch.autograd.Function):
         return _linear(*inputs)
 
     @staticmethod
-    @differentiable_once
+    @differentiable()
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return _linear_backward(ctx, dy)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastpeft.errors import ShapeError
 from fastpeft.ops._common import without_autocast
-from fastpeft.ops.eager import differentiable_once, is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.second_order import differentiable
 from fastpeft.ops.subspace import Projection, add_projected, project, projected_gradient
 
 
@@ -117,6 +118,6 @@ class _Weight(torch.autograd.Function):
         return _weight(*inputs)
 
     @staticmethod
-    @differentiable_once
+    @differentiable()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         return _weight_backward(ctx, gradient)

@@ -68,8 +68,8 @@ class Launch:
     def stream_loads(self) -> int:
         """16-byte loads of one thread that read a tile of BLOCK_M x BLOCK_N of 16 bits."""
         constants, options = self.named_constants(), dict(self.options)
-        threads = options["num_warps"] * TARGETS[self.target].warp_size
-        return -(-2 * constants["BLOCK_M"] * constants["BLOCK_N"] // (16 * threads))
+        threads = int(options["num_warps"]) * TARGETS[self.target].warp_size
+        return -(-2 * int(constants["BLOCK_M"]) * int(constants["BLOCK_N"]) // (16 * threads))
 
     def rank_tile(self) -> int:
         """The tile of the rank; 0 in a kernel without one."""

@@ -70,9 +70,9 @@ def test_every_bit_of_the_adapters_counts(layout, adapter, device) -> None:
             assert not torch.equal(found[1], prints)
             changed.view(word)[place] ^= 1
     for i in range(max(n, k)):
-        W[i % n, i % k] += 1.0
+        W.view(torch.int16)[i % n, i % k] ^= 1
         assert not torch.equal(kept_norm(W, A, B, 0.5, (mark, prints))[0], mark)
-        W[i % n, i % k] -= 1.0
+        W.view(torch.int16)[i % n, i % k] ^= 1
     W[0, 1] += 1.0  # off the sample: the one thing it cannot see
     assert torch.equal(kept_norm(W, A, B, 0.5, (mark, prints))[0], mark)
 

@@ -1,4 +1,4 @@
-"""Where a pass moves or launches more than its target: counted, so that no promise is wider than the truth."""
+"""Where a pass moves or launches more than its target: counted, so no promise is wider than the truth."""
 
 from __future__ import annotations
 

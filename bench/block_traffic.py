@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import block_peers, report
-from bench.peers import Formula
+from bench.peers import Formula, limit
 from fastpeft_kernels import Projection
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Block:
         rank: of every adapter.
         dropout: in front of every A, with DoRA's row scale on the undropped base product.
         gated: whether it is a gated MLP, whose third projection leads back to K features.
+        table: has the tiles.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Block:
     rank: int
     dropout: float
     gated: bool = False
+    table: str = "sm_90"
 
     def title(self) -> str:
         """As it stands above its tables."""
@@ -74,9 +76,23 @@ class Block:
 
     def target(self, method: str, name: str) -> Formula:
         """The limit of a pass."""
-        if self.gated:
-            return block_peers.gated_target(method, name)
-        return block_peers.stacked_target(method, name, len(self.widths))
+        target = (
+            block_peers.gated_target(method, name)
+            if self.gated
+            else block_peers.stacked_target(method, name, len(self.widths))
+        )
+        # What one linear takes beyond its target, every linear of the block does: q/k/v's dY are Y in all, a
+        # gated MLP's are dY and two of F.
+        alone = replace(target, name=target.name, y=0, launches=0)
+        more = limit(alone, method, name, rank=self.rank, table=self.table)
+        count = len(self.widths) + self.gated
+        return replace(
+            target,
+            name=more.name,
+            y=target.y + more.y,
+            f=target.f + (2 * more.y if self.gated else 0),
+            launches=(target.launches or 0) + count * (more.launches or 0),
+        )
 
     def has_limit(self, method: str) -> bool:
         """Always: dropout is in front of A only."""
@@ -233,11 +249,25 @@ def _forwards(method: str, projections: list[Projection], forward: Callable[[], 
 
 
 def blocks(
-    *, tokens: int, features: int, out: int, kv: int, d_ff: int, rank: int, dropout: float
+    *,
+    tokens: int,
+    features: int,
+    out: int,
+    kv: int,
+    d_ff: int,
+    rank: int,
+    dropout: float,
+    table: str = "sm_90",
 ) -> tuple[Block, ...]:
     """q/k/v of one width, q/k/v of grouped queries, and the gated MLP."""
     qkv = Block(
-        name="q/k/v", tokens=tokens, features=features, widths=(out, out, out), rank=rank, dropout=dropout
+        name="q/k/v",
+        tokens=tokens,
+        features=features,
+        widths=(out, out, out),
+        rank=rank,
+        dropout=dropout,
+        table=table,
     )
     return (
         qkv,

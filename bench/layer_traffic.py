@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import report
-from bench.peers import PEERS, PUBLISHED, PUBLISHED_AT, TARGETS, Formula
+from bench.peers import PEERS, PUBLISHED, PUBLISHED_AT, TARGETS, Formula, limit
 from bench.single import Shape
 
 if TYPE_CHECKING:
@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One linear layer: its sizes (M tokens, K in, N out), the rank and the dropout in front of A."""
+    """One linear layer: its sizes (M tokens, K in, N out), the rank and the dropout in front of A.
+
+    With a bias DoRA's forward keeps z for dm, as it does in fp16 without one; `table` has the tiles.
+    """
 
     shape: Shape
     rank: int
     dropout: float
+    bias: bool = False
+    table: str = "sm_90"
 
     def title(self) -> str:
         """As it stands above its tables."""
-        return f"{self.shape} (tokens x in x out), bf16, r={self.rank}, dropout {self.dropout:g}"
+        bias = ", bias" if self.bias else ""
+        return f"{self.shape} (tokens x in x out), bf16, r={self.rank}, dropout {self.dropout:g}{bias}"
 
     def about(self) -> report.Record:
         """What a record says of it."""
-        return {"shape": str(self.shape), "rank": self.rank, "dropout": self.dropout}
+        about = {"shape": str(self.shape), "rank": self.rank, "dropout": self.dropout}
+        return {**about, "bias": True} if self.bias else about
 
     def is_wide(self, operand: Operand) -> bool:
         """Whether a tensor of these dimensions is as large as x, W or y."""
@@ -43,7 +50,8 @@ class Layer:
 
     def target(self, method: str, name: str) -> Formula:
         """The limit of a pass."""
-        return TARGETS[method, name]
+        target = TARGETS[method, name]
+        return limit(target, method, name, rank=self.rank, table=self.table, bias=self.bias)
 
     def has_limit(self, method: str) -> bool:
         """PEFT's dropout on DoRA keeps z besides y and reads a packed mask; the limits are not for it."""
@@ -74,10 +82,11 @@ class Layer:
         x, y, dy, weight, S = wide(m, k), wide(m, n), wide(m, n), wide(n, k), wide(m, r)
         lora_A, lora_B, magnitude, norm = narrow(r, k), narrow(n, r), narrow(n), narrow(n)
         seed = torch.zeros(1, dtype=torch.int64) if dropout_p > 0.0 else None
+        bias = wide(n) if self.bias else None
         yield (
             "lora",
             "forward",
-            lambda: lora.lora_forward(x, weight, None, lora_A, lora_B, 2.0, dropout_p, seed),
+            lambda: lora.lora_forward(x, weight, bias, lora_A, lora_B, 2.0, dropout_p, seed),
         )
         yield (
             "lora",
@@ -95,16 +104,17 @@ class Layer:
                 need_x=True,
                 need_A=True,
                 need_B=True,
-                need_bias=False,
+                need_bias=self.bias,
             ),
         )
         drop_base = dropout_p > 0.0  # PEFT's default; without dropout it makes no difference
+        keep_z = drop_base or self.bias
 
         def forward() -> None:
             dora.dora_forward(
                 x,
                 weight,
-                None,
+                bias,
                 lora_A,
                 lora_B,
                 magnitude,
@@ -113,7 +123,7 @@ class Layer:
                 dropout_p,
                 seed,
                 drop_base=drop_base,
-                keep_z=drop_base,
+                keep_z=keep_z,
             )
 
         def with_norm() -> None:
@@ -135,12 +145,12 @@ class Layer:
                 dropout_p,
                 seed,
                 drop_base=drop_base,
-                kept_is_z=drop_base,
+                kept_is_z=keep_z,
                 need_x=True,
                 need_A=True,
                 need_B=True,
                 need_m=True,
-                need_bias=False,
+                need_bias=self.bias,
             )
 
         yield "dora", "forward", with_norm

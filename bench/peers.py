@@ -8,7 +8,7 @@ of dY (2Y) and its sum with dY (3Y), dx (Y+W+X), dS and dB (2Y), dA and the adap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,34 @@ TARGETS = {
     ("dora", "forward, norm cached"): Formula(name="target", x=2, w=1, y=1, launches=2),
     ("dora", "backward"): Formula(name="target", x=2, w=1, y=3, launches=3),
 }
+
+
+def limit(target: Formula, method: str, name: str, *, rank: int, table: str, bias: bool = False) -> Formula:
+    """The target, widened where it cannot be met; for a block, `target` is one linear's share.
+
+    Above the last rank whose dS and dB share a read of dY (`grad_s_b`), backward is a launch and a Y more.
+    Above the last whose Gram matrix is summed in the norm's own kernel, a norm is two launches. With a bias
+    (or in fp16) DoRA's forward writes z besides y: a Y more.
+    """
+    from fastpeft_kernels import configs
+    from fastpeft_kernels.tables import TABLES
+
+    rows, reasons = TABLES[table], []
+    more_y, more_launches = 0, 0
+    shared = rows[configs.GRAD_S_B if method == "lora" else configs.GRAD_S_B_DORA][-1].block_r
+    if name == "backward" and rank > shared:
+        more_y, more_launches = 1, 1
+        reasons.append(f"r above {shared}")
+    gram = min(64, rows[configs.ROW_NORM][-1].block_r)
+    if (method, name) == ("dora", "forward") and rank > gram:
+        more_launches = 1
+        reasons.append(f"r above {gram}")
+    if bias and method == "dora" and name != "backward":
+        more_y += 1
+        reasons.append("z kept")
+    launches = None if target.launches is None else target.launches + more_launches
+    return replace(target, name=", ".join([target.name, *reasons]), y=target.y + more_y, launches=launches)
+
 
 PEERS = {
     ("lora", "forward"): (

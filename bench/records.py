@@ -22,11 +22,12 @@ Case = tuple[tuple[str, Any], ...]
 
 CASE = (
     "table", "target", "kernel", "model", "block", "batch", "sequence", "shape", "tokens", "features",
-    "widths", "dtype", "rank", "dropout", "method", "pass", "layers", "blocks", "period", "case", "label",
+    "widths", "dtype", "rank", "dropout", "bias", "method", "pass", "layers", "blocks", "period", "case",
+    "label",
 )  # fmt: skip
 COUNTS = ("registers", "spill_stores", "spill_loads", "shared")
 BYTES = ("issued", "compulsory", "planned", "tracked", "resident")  # of suites whose keys carry no unit
-CODEGEN = ("target", "kernel", "label", *COUNTS, "tensor_core", "error")
+CODEGEN = ("target", "kernel", "label", *COUNTS, "tensor_core", "loop", "error")
 HEADLINE = ("step", "both", "patch")
 FLOOR = "frozen"
 

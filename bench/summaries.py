@@ -147,6 +147,7 @@ def traffic(document: Document) -> str:
     last = ""
     for result in document["results"]:
         shown = f"{result.get('block', 'linear')} {_sizes(result)}, r={result['rank']}"
+        shown += ", bias" if result.get("bias") else ""
         launches = result["launches"]
         rows.append([
             "" if shown == last else shown,

@@ -1,6 +1,6 @@
 """Bytes that LoRA and DoRA move, counted launch by launch, beside the floor and the peers.
 
-    python -m bench traffic [--target sm_90] [--ranks 16 64] [--shape 8192x4096x4096] [--dropout 0.1]
+    python -m bench traffic [--target sm_90] [--ranks 16 64] [--shape 8192x4096x4096] [--dropout 0.1] [--bias]
 
 One linear layer (`layer_traffic`), then the fused blocks (`block_traffic`): q/k/v of one width, q/k/v of
 grouped queries, the gated MLP.
@@ -10,12 +10,13 @@ program of the recorded grid, times the programs; tiles that several programs sh
 "compulsory" bytes are each tensor of the launch once in and once out, which is what L2 leaves to memory at
 best. Pass by pass, the compulsory bytes stand beside the target and the peers' formulas (`peers.py`).
 
-Fails where a pass has more launches than its target, or where its compulsory bytes of full-size tensors
-(x, W, y, a gate's g, u and h, and their gradients) are above the target's formula. Terms of the rank, packed
+Fails where a pass has more launches than its target, or where its compulsory bytes of full-size tensors (x,
+W, y, a gate's g, u and h, and their gradients) are above the target's formula. Terms of the rank, packed
 masks and the fp32 partials of split reductions (written and read in one launch) are printed apart; formulas
-are compared with the full-size tensors alone, which is all they have. PEFT's dropout on DoRA keeps z besides
-y and reads a packed mask; a layer prints it, and the limits, which are for no dropout or for dropout in front
-of A only, are not applied to it. Nothing here is a time.
+are compared with the full-size tensors alone, which is all they have. A target is wider where it cannot be
+met, and says why (`peers.limit`): ranks above the tiles that share a read of dY, z beside a bias. PEFT's
+dropout on DoRA keeps z besides y and reads a packed mask; a layer prints it, and the limits, which are for
+no dropout or for dropout in front of A only, are not applied to it. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
@@ -186,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
         "--d-ff", type=report.positive, help="inner width of the gated MLP (default 3.5 times K)"
     )
     result.add_argument("--dropout", type=float, default=0.0, help="dropout in front of A (default 0)")
+    result.add_argument("--bias", action="store_true", help="the layer with a bias besides: DoRA keeps z")
     result.add_argument("--json", type=report.new_file, metavar="PATH", help="also write the results to PATH")
     return result
 
@@ -212,8 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     subjects: list[Subject] = []
     for rank in arguments.ranks:
-        subjects.append(Layer(shape=shape, rank=rank, dropout=dropout))
-        subjects += blocks(**sizes, rank=rank, dropout=dropout)
+        layer = Layer(shape=shape, rank=rank, dropout=dropout, table=arguments.target)
+        subjects.append(layer)
+        if arguments.bias:
+            subjects.append(replace(layer, bias=True))
+        subjects += blocks(**sizes, rank=rank, dropout=dropout, table=arguments.target)
     for subject in subjects:
         found = list(measure(subject, arguments.target))
         wrong += [problem for row in found for problem in problems(subject, row)]

@@ -22,7 +22,8 @@ import fastpeft
 from fastpeft.layers import norm_cache
 
 WORLD, STEPS, MICRO_BATCHES = 2, 3, 2
-CASES = list(itertools.product((True, False), (False, True), (True, False)))
+POLICIES = ("cpu", "gpu", *(("kernels",) if os.environ.get("TRITON_INTERPRET") == "1" else ()))
+CASES = list(itertools.product(POLICIES, (False, True), (True, False)))
 
 
 def make_model() -> nn.Sequential:
@@ -94,8 +95,10 @@ def main() -> None:
     look = norm_cache._look
     # An allocator may hand out the same address every time, so a cache must do without it.
     norm_cache._look = lambda tensor: look(tensor)[1:]
-    for is_cpu, recompute, reshard in CASES:
-        norm_cache._is_cpu = lambda tensor, is_cpu=is_cpu: is_cpu  # False: a GPU's policy, on CPU tensors
+    for policy, recompute, reshard in CASES:
+        # A GPU's policies on CPU tensors; the kernels in Triton's interpreter.
+        norm_cache._is_cpu = lambda tensor, policy=policy: policy == "cpu"
+        norm_cache._runs_kernels = lambda weight, policy=policy: policy == "kernels"
         sharded = trained_sharded(rank, recompute=recompute, reshard=reshard)
         torch.testing.assert_close(torch.tensor(sharded), torch.tensor(alone), rtol=1e-5, atol=0.0)
     print("same losses")

@@ -20,7 +20,12 @@ class Kernel:
         tensor_cores: whether 16-bit launches must have tensor-core instructions.
         gemm: whether those must be wgmma on sm_90 and tcgen05 on sm_100: the products with a wide output,
             whose FLOPs are the layer's.
-        streams: whether aligned 16-bit launches must read at least half of their bytes by 16-byte loads.
+        streams: whether the main loop of aligned 16-bit launches must read at least half of its bytes by
+            16-byte loads.
+        reads_tile: whether the stream is a tile of BLOCK_M x BLOCK_N instead, read outside the main loop:
+            aligned 16-bit launches must have 16-byte loads enough for it there.
+        each_rank_tile: whether aligned 16-bit launches are compiled at every tile of the rank they take;
+            elsewhere a wider tile stands for a narrower one.
     """
 
     module: str
@@ -28,6 +33,8 @@ class Kernel:
     tensor_cores: bool = True
     gemm: bool = False
     streams: bool = True
+    reads_tile: bool = False
+    each_rank_tile: bool = False
 
     @property
     def name(self) -> str:

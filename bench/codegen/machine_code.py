@@ -241,4 +241,8 @@ def faults(item: Launch, measured: Measured) -> list[str]:
         # Narrow loads have at most 8 bytes: twice as many of them still carry half of the bytes at most.
         if not mix.wide_loads or mix.other_loads > 2 * mix.wide_loads:
             found.append(f"main loop: {mix.wide_loads} loads of 16 bytes, {mix.other_loads} narrower ones")
+    if item.kernel.reads_tile and item.aligned:
+        outside, needed = measured.whole.wide_loads - measured.loop.wide_loads, item.stream_loads()
+        if outside < needed:
+            found.append(f"outside the main loop {outside} loads of 16 bytes, its tile takes {needed}")
     return found

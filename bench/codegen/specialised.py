@@ -26,7 +26,10 @@ TYPES = {
 Row = tuple[str, str, int]
 """Table, key and index of a row of the configuration tables."""
 
-RANK_AND_COUNT = ("R", "BLOCK_R", "R_TILES", "COUNT")
+COUNTS = ("R_TILES", "COUNT")
+"""Compile-time numbers of what is unrolled: more of it holds less of it."""
+
+RANK_AND_COUNT = ("R", "BLOCK_R", *COUNTS)
 
 Path = tuple[int, ...]
 """Place of an argument, and within it of an entry of a tuple."""
@@ -62,6 +65,12 @@ class Launch:
         names = [name for name, _ in self.signature]
         return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
 
+    def stream_loads(self) -> int:
+        """16-byte loads of one thread that read a tile of BLOCK_M x BLOCK_N of 16 bits."""
+        constants, options = self.named_constants(), dict(self.options)
+        threads = int(options["num_warps"]) * TARGETS[self.target].warp_size
+        return -(-2 * int(constants["BLOCK_M"]) * int(constants["BLOCK_N"]) // (16 * threads))
+
     def rank_tile(self) -> int:
         """The tile of the rank; 0 in a kernel without one."""
         return int(self.named_constants().get("BLOCK_R", 0))
@@ -80,14 +89,19 @@ class Launch:
     def covers(self, other: Launch) -> bool:
         """Whether its code holds at least what the code of `other`, of the same group, holds.
 
-        It is the same but for a wider tile of the rank, which is chosen at run time, and a rank that leaves
-        part of a tile empty, so that it is masked; for operands and branches that `other` does without (a
-        bias, dropout's mask, a row scale) and their strides; for projections that `other` does without; for
-        bf16 in place of fp16 and fp32 adapters, which are converted, in place of 16-bit ones; for hints.
+        It is the same but for a wider tile of the rank (not with `Kernel.each_rank_tile`), for more of them
+        where they are unrolled, and for a rank that leaves part of a tile empty, so that it is masked; for
+        operands and branches that `other` does without (a bias, dropout's mask, a row scale) and their
+        strides; for projections that `other` does without; for bf16 in place of fp16 and fp32 adapters, which
+        are converted, in place of 16-bit ones; for hints.
         """
         if self.rank_tile() < other.rank_tile() or other._masks_the_rank() > self._masks_the_rank():
             return False
-        if self.named_constants().get("COUNT", 0) < other.named_constants().get("COUNT", 0):
+        each = self.kernel.each_rank_tile and self.aligned and self.is_16_bit
+        if each and self.rank_tile() != other.rank_tile():
+            return False
+        mine, others = self.named_constants(), other.named_constants()
+        if any(mine.get(name, 0) < others.get(name, 0) for name in COUNTS):
             return False
         ours = self._arguments()
         converts = self.is_16_bit and other.is_16_bit

@@ -5,18 +5,23 @@ part of it (``c = m / n`` is taken inside the op), so a step of m alone keeps it
 
 Neither identity nor ``_version`` proves that a tensor is unchanged: writes through ``.data``, FSDP2's
 all-gather and torch's fused optimisers (measured with torch 2.13) leave the version as it was. So, beyond a
-key of identity, address, version, dtype, device, shape and strides:
+key of identity, address, version, dtype, device, shape and strides, every forward compares values, training
+or not:
 
-- On a CPU every forward compares values. A and B are compared whole, with exact copies: 40 us at r=16 and
-  4096 x 4096, as long as sums over the integer bits take, which some changes would pass. W is compared along
-  its diagonal, continued through the whole matrix in steps of its shorter side: one element of every row and
-  of every column, 17 us there (cold 120 us; four whole columns: 55 and 450). It sees whatever rewrites W, a
-  row or a column of it; it cannot see a write through ``weight.data`` to elements off the diagonal alone.
-- On a GPU a comparison would wait for the device. There :func:`trust` goes by who may have written; what it
-  cannot see is a write through ``.data`` between two grad-enabled forwards of one optimiser step.
+- On a CPU A and B are compared whole, with exact copies: 40 us at r=16 and 4096 x 4096, as long as sums
+  over the integer bits take, which some changes would pass. W is compared along its diagonal, continued
+  through the whole matrix in steps of its shorter side: one element of every row and of every column, 17 us
+  there (cold 120 us; four whole columns: 55 and 450). It sees whatever rewrites W, a row or a column of it;
+  it cannot see a write through ``weight.data`` to elements off the diagonal alone.
+- On a GPU the host would wait for the device. There one launch of ``fastpeft_kernels.kept_norm`` compares
+  fingerprints of the same values and makes n anew only where they differ: a launch more than a norm that
+  needs no proof, and W is not read. The one forward without it is a recomputation inside a backward, which
+  takes what its forward had.
+- On a GPU where these kernels do not run (the torch backend, fp64, a part they have no configuration for)
+  nothing sound is at hand that reads less than W: n is computed by every forward, but for recomputations.
 
-Kept: n and, on a CPU, ``||W||^2``, the copies of A and B and W's sample. Never in a state_dict; a copied or
-pickled module starts with an empty cache.
+Kept: n and, on a CPU, ``||W||^2``, the copies of A and B and W's sample; on a GPU the fingerprints, 2 KiB.
+Never in a state_dict; a copied or pickled module starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -30,41 +35,31 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastpeft import backend as backends
-from fastpeft.layers.optimizer_steps import STEPS
 from fastpeft.ops.eager import is_intercepted, is_seen_through
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
 PLAIN_TYPES = (Tensor, nn.Parameter)  # not DTensor, FakeTensor, quantised weights
-Trust = Literal["values", "key", "never"]
+Trust = Literal["values", "fingerprints", "key", "never"]
 
 
 def trust(
-    *,
-    is_cpu: bool,
-    recomputing: bool = False,
-    sole_forward: bool = False,
-    grad_enabled: bool = False,
-    stepped: bool = False,
-    from_grad: bool = False,
+    *, is_cpu: bool, has_kernels: bool = False, recomputing: bool = False, sole_forward: bool = False
 ) -> Trust:
     """Return what must be unchanged before a stored norm is used again; ``never``: nothing suffices.
 
     Args:
-        is_cpu: values can be compared without waiting for a device.
+        is_cpu: the host can compare values without waiting for a device.
+        has_kernels: the device can compare fingerprints, and make the norm where they differ.
         recomputing: this forward runs inside a backward, as activation checkpointing's does.
         sole_forward: the stored norm is from the only forward that this backward can be repeating, or from
             this backward itself. (After two forwards, with weights exchanged through ``.data`` in between,
             it may be the other one's.)
-        grad_enabled: weights are exchanged through ``.data``, for an EMA say, where no gradients are wanted.
-        stepped: A and B were last written by a ``torch.optim`` step that was seen. FSDP2's unsharded
-            parameters are in no optimiser, those of hand-written loops neither: they never were.
-        from_grad: the stored norm was computed with gradients enabled, so not for exchanged weights.
     """
     if is_cpu:
         return "values"
-    if (recomputing and sole_forward) or (grad_enabled and stepped and from_grad):
+    if recomputing and sole_forward:
         return "key"
-    return "never"
+    return "fingerprints" if has_kernels else "never"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +70,6 @@ class _Stored:
     key: tuple[object, ...]
     copies: tuple[Tensor, ...]
     value: Tensor
-    from_grad: bool = False
 
     def is_of(self, tensors: tuple[Tensor, ...], key: tuple[object, ...]) -> bool:
         return self.key == key and all(r() is t for r, t in zip(self.tensors, tensors, strict=True))
@@ -108,31 +102,33 @@ class NormCache:
         tensors = (parameter, lora_A, lora_B)
         if _is_traced(parameter) or parameter.requires_grad or not all(map(_is_plain, tensors)):
             return None
-        key = (*map(_look, tensors), scaling)
-        if is_cpu := _is_cpu(parameter):
-            level, squared = trust(is_cpu=True), self._weight_norm_squared(parameter, weight)
+        has_kernels = _has_kernels(weight, lora_A, lora_B)
+        squared = None
+        if has_kernels or not _is_cpu(parameter):
+            level = self._trust_on_gpu(has_kernels)
         else:
-            level, squared = self._trust_on_gpu(lora_A, lora_B), None
-            key += (STEPS.follow(lora_A).count, STEPS.follow(lora_B).count, _stream(weight))
+            level, squared = trust(is_cpu=True), self._weight_norm_squared(parameter, weight)
+        key = (*map(_look, tensors), scaling, has_kernels, _stream(weight))
         stored = self._norm
-        if (
-            stored is None
-            or level == "never"
-            or not stored.is_of(tensors, key)
-            or (level == "values" and not stored.same_values((lora_A, lora_B)))
+        if stored is not None and not stored.is_of(tensors, key):
+            stored = None
+        if stored is not None and (
+            level == "key" or (level == "values" and stored.same_values((lora_A, lora_B)))
         ):
-            with torch.inference_mode(False), torch.no_grad():
-                # Copied before they are read: a write by another thread in between costs a recomputation.
-                copies = (lora_A.clone(), lora_B.clone()) if is_cpu else ()
-                value = _computed(weight, lora_A, lora_B, scaling, squared)
-            stored = self._norm = _Stored(
-                tensors=tuple(map(weakref.ref, tensors)),
-                key=key,
-                copies=copies,
-                value=value,
-                from_grad=torch.is_grad_enabled(),
-            )
-        return stored.value
+            return stored.value
+        with torch.inference_mode(False), torch.no_grad():
+            copies: tuple[Tensor, ...] = ()
+            if has_kernels:
+                value, prints = _kept_norm(weight, lora_A, lora_B, scaling, stored)
+                copies = (prints,)
+            else:
+                if level == "values":
+                    # Before they are read: a write by another thread in between costs a recomputation.
+                    copies = (lora_A.clone(), lora_B.clone())
+                squared = row_norm_squared(weight) if squared is None else squared
+                value = row_norm(weight, lora_A, lora_B, scaling, squared)
+        self._norm = _Stored(tensors=tuple(map(weakref.ref, tensors)), key=key, copies=copies, value=value)
+        return value
 
     def _weight_norm_squared(self, parameter: Tensor, weight: Tensor) -> Tensor:
         stored, key, sample = self._squared, (_look(parameter),), _diagonal(weight)
@@ -144,30 +140,37 @@ class NormCache:
             self._squared, self._norm = stored, None
         return stored.value
 
-    def _trust_on_gpu(self, lora_A: Tensor, lora_B: Tensor) -> Trust:
+    def _trust_on_gpu(self, has_kernels: bool) -> Trust:
         task = torch._C._current_graph_task_id()
         recomputing = task != -1
         level = trust(
             is_cpu=False,
+            has_kernels=has_kernels,
             recomputing=recomputing,
             sole_forward=self._forwards == 1 or (self._forwards == 0 and self._task == task),
-            grad_enabled=torch.is_grad_enabled(),
-            stepped=STEPS.follow(lora_A).wrote_last(lora_A) and STEPS.follow(lora_B).wrote_last(lora_B),
-            from_grad=self._norm is not None and self._norm.from_grad,
         )
         self._forwards, self._task = (0, task) if recomputing else (self._forwards + 1, -1)
         return level
 
 
-def _computed(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squared: Tensor | None
-) -> Tensor:
-    """Return n, as the op of the backend that will run computes it where it is given none."""
-    if backends.resolve(weight, op="dora_linear") == "triton":
-        import fastpeft_kernels
+def _has_kernels(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the fused kernels serve these tensors; under Triton's interpreter a CPU's too."""
+    words = all(t.is_floating_point() and t.element_size() in (2, 4) for t in (lora_A, lora_B))
+    return words and _runs_kernels(weight)
 
-        return fastpeft_kernels.row_norm(weight, lora_A, lora_B, scaling)
-    return row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight) if squared is None else squared)
+
+def _runs_kernels(weight: Tensor) -> bool:
+    return backends.resolve(weight, op="dora_linear") == "triton"
+
+
+def _kept_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, stored: _Stored | None
+) -> tuple[Tensor, Tensor]:
+    """Return n, as the op computes it where it is given none, and the fingerprints of what it is of."""
+    import fastpeft_kernels
+
+    kept = None if stored is None else (stored.value, stored.copies[0])
+    return fastpeft_kernels.kept_norm(weight, lora_A, lora_B, scaling, kept)
 
 
 def _is_cpu(tensor: Tensor) -> bool:

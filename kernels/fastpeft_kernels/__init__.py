@@ -15,6 +15,7 @@ from .when import MAX_DECODE_TOKENS, MAX_RANK, prefers_single
 
 if TYPE_CHECKING:
     from .bottleneck import bottleneck_up, bottleneck_up_backward
+    from .checked_norm import kept_norm
     from .decode import dora_decode, lora_decode
     from .dora import dora_backward, dora_forward
     from .expand import dora_forward_expand, expand_add, expand_add_, expand_scale_, lora_forward_expand
@@ -43,6 +44,7 @@ __all__ = [
     "glu_backward",
     "glu_forward",
     "is_available",
+    "kept_norm",
     "lora_add_",
     "lora_add_backward",
     "lora_backward",
@@ -70,6 +72,7 @@ _MODULES = {
     "expand_scale_": "expand",
     "glu_backward": "glu",
     "glu_forward": "glu",
+    "kept_norm": "checked_norm",
     "lora_add_": "lora_add",
     "lora_add_backward": "lora_add",
     "lora_backward": "lora",

@@ -15,6 +15,9 @@ rows instead, down to the 16 of a tensor core's tile.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +34,8 @@ BLOCK_J = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def row_norm_kernel(
+def norm_of_rows(
+    i_n: tl.tensor,
     p_w: tl.tensor,
     p_a: tl.tensor,
     p_b: tl.tensor,
@@ -54,8 +58,8 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
-    """Program (tile of N); gram [R, R] fp32 contiguous if HAS_GRAM, else R is at most BLOCK_R."""
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Write n of tile i_n of N; gram [R, R] fp32 contiguous if HAS_GRAM, else R is at most BLOCK_R."""
+    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     b_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
     b_product = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -104,6 +108,99 @@ def row_norm_kernel(
     tl.store(p_norm + o_n, tl.sqrt(tl.maximum(b_squares + b_product, 0.0)), mask=m_n)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def row_norm_kernel(
+    p_w: tl.tensor,
+    p_a: tl.tensor,
+    p_b: tl.tensor,
+    p_gram: tl.tensor,
+    p_norm: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    R: tl.tensor,
+    stride_wn: tl.tensor,
+    stride_wk: tl.tensor,
+    stride_ar: tl.tensor,
+    stride_ak: tl.tensor,
+    stride_bn: tl.tensor,
+    stride_br: tl.tensor,
+    scaling: tl.tensor,
+    HAS_GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+) -> None:
+    """Program (tile of N)."""
+    norm_of_rows(
+        tl.program_id(0),
+        p_w,
+        p_a,
+        p_b,
+        p_gram,
+        p_norm,
+        N,
+        K,
+        R,
+        stride_wn,
+        stride_wk,
+        stride_ar,
+        stride_ak,
+        stride_bn,
+        stride_br,
+        scaling,
+        HAS_GRAM,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+        BLOCK_J,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormLaunch:
+    """What a launch of a kernel around `norm_of_rows` needs beside its operands.
+
+    Attributes:
+        gram: A A^T [r, r] in fp32 where it is not summed beside U; a launch of its own made it.
+        tiles: programs that a norm needs.
+        constants: compile-time arguments and launch options.
+    """
+
+    gram: Tensor | None
+    tiles: int
+    constants: dict[str, Any]
+
+
+def norm_launch(weight: Tensor, lora_A: Tensor) -> NormLaunch:
+    """Choose tiles for `||weight + s B lora_A||`, and make the Gram matrix where it is not made inside."""
+    r = lora_A.shape[0]
+    config = configs.select_row_norm(weight, r, launch.unit_count(weight.device))
+    has_gram = r > config.block_r or config.r_tile(r) > MAX_GRAM_TILE
+    # B G is a product of fp32 matrices: in three tf32 products where only those have tensor cores.
+    is_nvidia = configs.architecture(weight.device).startswith("sm_")
+    precision = "tf32x3" if is_nvidia and weight.dtype != torch.float32 else "ieee"
+    gram = None
+    if has_gram:
+        A = lora_A.to(weight.dtype)
+        gram = down_projection(A, A, 1.0, dtype=torch.float32)
+    constants = {
+        "HAS_GRAM": has_gram,
+        "PRECISION": precision,
+        "BLOCK_N": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.r_tile(r),
+        "BLOCK_J": BLOCK_J,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": launch.FP_FUSION,
+        **configs.all_registers(weight.device),
+    }
+    return NormLaunch(gram=gram, tiles=launch.cdiv(weight.shape[0], config.block_m), constants=constants)
+
+
 def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`n [N] = ||weight [N, K] + scaling * lora_B [N, r] lora_A [r, K]||` of each row, fp32.
 
@@ -112,27 +209,18 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     the table's last rank tile with a Gram matrix inside, two launches, else one.
     """
     n, k = weight.shape
-    r = lora_A.shape[0]
     with launch.on_device(weight):
         norm = launch.empty((n,), torch.float32, weight)
-        config = configs.select_row_norm(weight, r, launch.unit_count(weight.device))
-        has_gram = r > config.block_r or config.r_tile(r) > MAX_GRAM_TILE
-        # B G is a product of fp32 matrices: in three tf32 products where only those have tensor cores.
-        is_nvidia = configs.architecture(weight.device).startswith("sm_")
-        precision = "tf32x3" if is_nvidia and weight.dtype != torch.float32 else "ieee"
-        gram = None
-        if has_gram:
-            A = lora_A.to(weight.dtype)
-            gram = down_projection(A, A, 1.0, dtype=torch.float32)
-        row_norm_kernel[(launch.cdiv(n, config.block_m),)](
+        plan = norm_launch(weight, lora_A)
+        row_norm_kernel[(plan.tiles,)](
             weight,
             lora_A,
             lora_B,
-            gram,
+            plan.gram,
             norm,
             n,
             k,
-            r,
+            lora_A.shape[0],
             weight.stride(0),
             weight.stride(1),
             lora_A.stride(0),
@@ -140,15 +228,6 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
             lora_B.stride(0),
             lora_B.stride(1),
             float(scaling),
-            HAS_GRAM=has_gram,
-            PRECISION=precision,
-            BLOCK_N=config.block_m,
-            BLOCK_K=config.block_k,
-            BLOCK_R=config.r_tile(r),
-            BLOCK_J=BLOCK_J,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=launch.FP_FUSION,
-            **configs.all_registers(weight.device),
+            **plan.constants,
         )
     return norm

@@ -323,10 +323,10 @@ def test_every_row_is_compiled_with_its_own_widest_tile() -> None:
 
 
 def test_the_matrix_stays_small() -> None:
-    """sm_90 has most; all eight have 976, which is within 15 minutes on two cores."""
+    """sm_90 has most; all eight have 1,067, which is within 15 minutes on two cores."""
     done = run("-m", "bench.codegen", "--list", "--target", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
     count = int(last.split()[0])
-    assert sum(line.startswith("sm_90") for line in lines) == count <= 131, last
+    assert sum(line.startswith("sm_90") for line in lines) == count <= 143, last
     assert last.endswith("to compile, 0 faults")

@@ -49,7 +49,7 @@ def cases(target: str) -> Iterator[Case]:
 
 def layer_cases(layer: DoraLayer) -> Iterator[Case]:
     """Norm, forward and backward of one layer."""
-    from fastpeft_kernels import dora
+    from fastpeft_kernels import checked_norm, dora
 
     m, n, k, r, dtype = layer.m, layer.n, layer.k, layer.r, layer.dtype
     x, dy, S = (meta(m, width, dtype=dtype) for width in (k, n, r))
@@ -61,6 +61,10 @@ def layer_cases(layer: DoraLayer) -> Iterator[Case]:
 
     def norm() -> None:
         dora.row_norm(weight, lora_A, lora_B, 2.0)
+
+    def kept() -> None:
+        prints = checked_norm.kept_norm(weight, lora_A, lora_B, 2.0)
+        checked_norm.kept_norm(weight, lora_A, lora_B, 2.0, prints)
 
     def forward() -> None:
         dora.dora_forward(
@@ -101,9 +105,9 @@ def layer_cases(layer: DoraLayer) -> Iterator[Case]:
 
     aligned = n % 16 == 0 and k % 16 == 0
     dropout = (" drop base" if layer.drop_base else " drop") if layer.dropout_p > 0.0 else ""
-    stages = [("norm", norm), ("fwd", forward), ("bwd", backward)]
+    stages = [("norm", norm), ("kept", kept), ("fwd", forward), ("bwd", backward)]
     # Of a transposed W, lora.py has the GEMMs.
-    for stage, run in stages[:1] if layer.transposed else stages:
+    for stage, run in stages[:2] if layer.transposed else stages:
         note = f"{stage} {NAMES[dtype]} r{r}{dropout}"
         yield Case(run=run, note=note, dtype=dtype, aligned=aligned, default=layer.default)
 
@@ -112,6 +116,7 @@ FAMILY = Family(
     name="dora",
     kernels=(
         Kernel(module="factored_norm", function="row_norm_kernel"),
+        Kernel(module="checked_norm", function="kept_norm_kernel"),
         Kernel(module="two_product_gemm", function="two_product_gemm_kernel", gemm=True),
     ),
     keys=(

@@ -99,10 +99,10 @@ def cases(target: str) -> Iterator[Case]:
 FAMILY = Family(
     name="small",
     kernels=(
-        Kernel(module="single", function="single_kernel", gemm=True),
+        Kernel(module="single", function="single_kernel", gemm=True, each_rank_tile=True),
         Kernel(module="decode", function="decode_kernel"),
         # Its stream is y, read once before the loop over the rank.
-        Kernel(module="expand", function="expand_kernel", streams=False),
+        Kernel(module="expand", function="expand_kernel", streams=False, reads_tile=True),
     ),
     keys=("single", "single_norm", "decode", "expand"),
     cases=cases,

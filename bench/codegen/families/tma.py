@@ -29,9 +29,11 @@ class Product:
 
 
 def products() -> Iterator[Product]:
-    """Forward and dx at every rank tile of both rows, LoRA and DoRA; then one change at a time."""
+    """Forward and dx at every rank tile of both rows and at four unrolled ones, LoRA and DoRA; then one
+    change at a time."""
     forward, backward = Product(), Product(by_columns=False, bias=False)
     yield replace(forward, default=True)
+    yield replace(backward, default=True)
     yield replace(backward, r=64, default=True)
     yield replace(forward, r=64, row_scale=True, keep_z=True, default=True)
     for m, r in ((8192, 16), (8192, 32), (8192, 64), (1024, 64), (8192, 128), (8192, 512)):

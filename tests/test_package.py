@@ -85,6 +85,7 @@ def test_it_works_outside_the_repository(site, blocked):
 
 EVERY_VERB = """
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 import torch, fastpeft
 from torch import nn
@@ -99,7 +100,8 @@ class Block(nn.Module):
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(9, 8), nn.Sequential(Block(), Block()))
+    blocks = nn.Sequential(Block(), Block())
+    return nn.Sequential(OrderedDict(words=nn.Embedding(9, 8), blocks=blocks))
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -108,7 +110,7 @@ ids = torch.arange(6).view(2, 3)
 folder = Path(tempfile.mkdtemp())
 base = model()(ids).detach()
 for use_dora in (False, True):
-    options = dict(use_dora=use_dora, init_lora_weights=False, target_modules=["0", "proj", "out"])
+    options = dict(use_dora=use_dora, init_lora_weights=False, target_modules=["words", "proj", "out"])
     patched = fastpeft.patch(model(), fastpeft.LoRA(r=2, **options))
     patched(ids).sum().backward()
     fastpeft.add_adapter(patched, "poems", fastpeft.LoRA(r=2, lora_alpha=1, **options))

@@ -10,7 +10,6 @@ from fastpeft._version import __version__
 from fastpeft.adapters import (
     active_adapters,
     add_adapter,
-    combine_adapters,
     delete_adapter,
     disable_adapters,
     merge,
@@ -21,6 +20,7 @@ from fastpeft.adapters import (
 from fastpeft.allocation.allocator import RankAllocator, orthogonal_regularization, update_and_allocate
 from fastpeft.backend import get_backend, set_backend, use_backend
 from fastpeft.checkpoint import hotswap, load, save
+from fastpeft.combining import combine_adapters
 from fastpeft.config import LoRA
 from fastpeft.errors import (
     BackendError,

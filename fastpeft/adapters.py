@@ -1,23 +1,22 @@
-"""Several adapters in one patched model: add, switch, disable, combine, delete, mix in one batch, merge.
+"""Several adapters in one patched model: add, switch, disable, delete, mix in one batch, merge.
 
 For models patched by fastpeft itself; a PEFT model accelerated in place does all this by PEFT's own verbs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastpeft.blocks.install import fuse_blocks
 from fastpeft.config import LoRA
 from fastpeft.errors import ConfigError, PatchError
+from fastpeft.fields import is_number
 from fastpeft.in_place.install import is_peft
-from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
+from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.methods.linears import LinearMethod, adapter_layers, build_layers, tied_to
 from fastpeft.methods.lora import is_rewritten
 from fastpeft.methods.registry import as_config, is_ours, method_of
@@ -46,7 +45,7 @@ def add_adapter(
         PatchError: the model is not patched, the name is taken, or a target matches nothing. The model is
             left as it was.
     """
-    state = _state(model, "add_adapter")
+    state = state_of(model, "add_adapter")
     if name in state.configs:
         raise PatchError(f"add_adapter: the model already has an adapter {name!r}")
     if not name or "." in name or name == BASE:
@@ -82,7 +81,7 @@ def add_adapter(
             seen.add(id(module))
             module.add_adapter(name, specs[path])
     state.configs[name] = ours
-    _set_flags(model, active_adapters(model))
+    set_flags(model, active_adapters(model))
     fuse_blocks(model)
     method.attach(model, ours, name)
     return model
@@ -90,7 +89,7 @@ def add_adapter(
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the active adapters, in the order in which they are applied."""
-    _state(model, "active_adapters")
+    state_of(model, "active_adapters")
     return next(layer.active_adapters for _, layer in adapter_layers(model))
 
 
@@ -100,13 +99,13 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
     Raises:
         PatchError: the model is not patched, is merged, or has no adapter of a name.
     """
-    state = _state(model, "set_adapter")
+    state = state_of(model, "set_adapter")
     chosen = (names,) if isinstance(names, str) else tuple(names)
-    _known(state, chosen, "set_adapter")
+    known_names(state, chosen, "set_adapter")
     _refuse_merged(model, "set_adapter")
     for _, layer in adapter_layers(model):
         layer.active_adapters = chosen
-    _set_flags(model, chosen)
+    set_flags(model, chosen)
     return model
 
 
@@ -116,8 +115,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     Raises:
         PatchError: the model is not patched, is merged, has no such adapter, or no other.
     """
-    state = _state(model, "delete_adapter")
-    _known(state, (name,), "delete_adapter")
+    state = state_of(model, "delete_adapter")
+    known_names(state, (name,), "delete_adapter")
     _refuse_merged(model, "delete_adapter")
     if len(state.configs) == 1:
         raise PatchError(f"delete_adapter: {name!r} is the model's only adapter; use fastpeft.unpatch(model)")
@@ -130,7 +129,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
 def remove_adapter(model: ModelT, name: str) -> ModelT:
     """:func:`delete_adapter` without its questions."""
-    state = _state(model, "remove_adapter")
+    state = state_of(model, "remove_adapter")
     remaining = tuple(n for n in active_adapters(model) if n != name)
     del state.configs[name]
     if name == state.owner:
@@ -151,7 +150,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         PatchError: the model is not patched, or merged, or the base is not there: a part of it was moved into
             the adapter, or it trains in place.
     """
-    state = _state(model, "disable_adapters", by_name=False)
+    state = state_of(model, "disable_adapters", by_name=False)
     _refuse_merged(model, "disable_adapters")
     _refuse_rewritten(model, "disable_adapters")
     config = state.configs[state.owner]
@@ -179,8 +178,8 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     Raises:
         PatchError: the model is not patched, is merged, or has no adapter of a name.
     """
-    state = _state(model, "mixed_batch")
-    _known(state, [name for name in names if name != BASE], "mixed_batch")
+    state = state_of(model, "mixed_batch")
+    known_names(state, [name for name in names if name != BASE], "mixed_batch")
     _refuse_merged(model, "mixed_batch")
     _refuse_rewritten(model, "mixed_batch")
     layers = [layer for _, layer in adapter_layers(model)]
@@ -193,98 +192,33 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer.row_adapters = None
 
 
-@torch.no_grad()
-def combine_adapters(
-    model: ModelT, weights: Mapping[str, float], name: str, *, method: Literal["cat", "svd"] = "cat"
+def merge(
+    model: ModelT,
+    names: str | Sequence[str] | Mapping[str, float] | None = None,
+    *,
+    keep_base: bool = True,
 ) -> ModelT:
-    """Add an adapter whose update is the weighted sum of others' updates.
-
-    Args:
-        model: patched by :func:`fastpeft.patch`.
-        weights: a factor for each adapter.
-        name: of the new adapter, not in use yet.
-        method: ``"cat"``: exact, its rank is the sum of theirs; ``"svd"``: the best approximation at the
-            largest of their ranks.
-
-    Raises:
-        PatchError: the model is not patched, an adapter is unknown, is DoRA (whose update is not a matrix
-            that can be added), or they target different modules.
-    """
-    state = _state(model, "combine_adapters")
-    _known(state, list(weights), "combine_adapters")
-    if method not in ("cat", "svd"):
-        raise ConfigError(f"combine_adapters: expected method 'cat' or 'svd', got {method!r}")
-    configs = {n: state.configs[n] for n in weights}
-    if other := [n for n, c in configs.items() if not isinstance(c, LoRA) or c.use_dora]:
-        kind = "DoRA" if isinstance(configs[other[0]], LoRA) else type(configs[other[0]]).__name__
-        raise PatchError(f"combine_adapters: {listed(other)} is {kind}; expected LoRA adapters")
-    layers = dict(adapter_layers(model))
-    paths = {n: {path for path, layer in layers.items() if n in layer.specs} for n in weights}
-    common = next(iter(paths.values()))
-    if differing := [n for n in weights if paths[n] != common]:
-        raise PatchError(f"combine_adapters: {listed(differing)} targets other modules than the first")
-    if name in state.configs:
-        raise PatchError(f"combine_adapters: the model already has an adapter {name!r}")
-    first = state.configs[next(iter(weights))]
-    ranks = {path: {n: layers[path].specs[n].r for n in weights} for path in common}
-    rank = {path: sum(r.values()) if method == "cat" else max(r.values()) for path, r in ranks.items()}
-    for path in common:
-        layer = layers[path]
-        A = torch.cat([layer.lora_A[n] for n in weights])
-        B = torch.cat([layer.lora_B[n] * (w * layer.specs[n].scaling) for n, w in weights.items()], dim=1)
-        if method == "svd":
-            A, B = _truncated(A, B, rank[path])
-        like = layer.specs[next(iter(weights))]
-        assert isinstance(like, AdapterSpec)
-        spec = dataclasses.replace(like, r=rank[path], scaling=1.0)
-        _place(layer, name, spec, A, B)
-    most = max(rank.values())
-    state.configs[name] = dataclasses.replace(
-        first,
-        r=most,
-        lora_alpha=most,
-        use_rslora=False,
-        bias="none",
-        modules_to_save=(),
-        rank_pattern={path: r for path, r in rank.items() if r != most},
-        alpha_pattern={path: r for path, r in rank.items() if r != most},
-    )
-    _set_flags(model, active_adapters(model))
-    return model
-
-
-def _place(layer: AdapterMixin, name: str, spec: AdapterSpec, A: Tensor, B: Tensor) -> None:
-    layer.add_adapter(name, spec)
-    layer.lora_A[name].copy_(A)
-    layer.lora_B[name].copy_(B)
-
-
-def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best A, B of a rank for ``B A``, by an SVD of small matrices: B A = Q_B (R_B R_A^T) Q_A^T."""
-    Q_A, R_A = torch.linalg.qr(A.t().double())
-    Q_B, R_B = torch.linalg.qr(B.double())
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.t())
-    root = S[:rank].sqrt()
-    left, right = Q_B @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ Q_A.t()
-    missing = rank - left.shape[1]
-    if missing > 0:  # a rank above the layer's own
-        left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
-    return right.to(A.dtype), left.to(B.dtype)
-
-
-def merge(model: ModelT, names: str | Sequence[str] | None = None, *, keep_base: bool = True) -> ModelT:
     """Write adapters into the base weights; forward then costs what the base costs.
 
+    Several names: one adapter after the other, as they are computed when active together and as PEFT's
+    ``merge_adapter`` merges them; a DoRA scales what is there, by a norm of the base alone. Names with
+    factors: ``W + sum_i f_i (W'_i - W)``, where ``W'_i`` is what adapter i alone makes of W: ``W + s B A``
+    for LoRA, ``m / ||W + s B A|| (W + s B A)`` for DoRA (arXiv 2402.09353). Their order plays no part, and
+    one name with a factor of 1 is the adapter itself. (PEFT's ``add_weighted_adapter`` makes a new A and B; a
+    sum of DoRA's weights has none of low rank.) Either way in fp32 (fp64), rounded once to the weight's
+    dtype.
+
     Args:
         model: patched by :func:`fastpeft.patch`.
-        names: which adapters, in this order; default: the active ones.
+        names: which adapters, in this order, or a factor for each; default: the active ones.
         keep_base: keep the base weights, in host memory, for :func:`unmerge` to give back to the bit.
 
     Raises:
+        ConfigError: a factor is no finite number.
         PatchError: the model is not patched or is merged, an adapter is unknown, a weight is quantised or
             tied to a module outside the adapter, or a merged weight is not finite. No weight is changed.
     """
-    state = _state(model, "merge", by_name=not _merges_whole(model))
+    state = state_of(model, "merge", by_name=not _merges_whole(model))
     if _merges_whole(model):
         if names is not None:
             raise PatchError(f"merge: the model's adapter has no name, expected None, got {names!r}")
@@ -292,14 +226,20 @@ def merge(model: ModelT, names: str | Sequence[str] | None = None, *, keep_base:
         return model
     _refuse_merged(model, "merge")
     chosen = active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(names)
-    _known(state, chosen, "merge")
+    known_names(state, chosen, "merge")
+    factors = None
+    if isinstance(names, Mapping):
+        for name, factor in names.items():
+            if not is_number(factor):
+                raise ConfigError(f"merge: expected a finite number for {name!r}, got {factor!r}")
+        factors = [float(factor) for factor in names.values()]
     layers = [(p, layer) for p, layer in adapter_layers(model) if any(n in layer.specs for n in chosen)]
     if quantised := [path for path, layer in layers if not layer.can_merge()]:
         raise PatchError(f"merge: the weight of {listed(quantised)} is quantised and cannot take an update")
     _refuse_tied(model, [path for path, _ in layers])
     done: list[AdapterMixin] = []
     for path, layer in layers:
-        if not layer.merge(chosen, keep_base=True):
+        if not layer.merge(chosen, keep_base=True, factors=factors):
             for merged in done:
                 merged.unmerge()
             raise PatchError(f"merge: the merged weight of {path} is not finite; nothing was merged")
@@ -316,7 +256,7 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         PatchError: the model is not patched, not merged, or was merged with ``keep_base=False``.
     """
-    state = _state(model, "unmerge", by_name=not _merges_whole(model))
+    state = state_of(model, "unmerge", by_name=not _merges_whole(model))
     if _merges_whole(model):
         method_of(state.configs[state.owner]).unmerge(model)
         return model
@@ -335,7 +275,12 @@ def _merges_whole(model: nn.Module) -> bool:
     return state is not None and method_of(state.configs[state.owner]).merges_whole
 
 
-def _state(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:
+def state_of(model: nn.Module, verb: str, *, by_name: bool = True) -> PatchState:
+    """Return a patched model's state.
+
+    Raises:
+        PatchError: the model is not patched, is PEFT's, or (``by_name``) its adapter has no name.
+    """
     if isinstance(model, nn.Module) and is_peft(model):
         raise PatchError(
             f"{verb}: this {type(model).__name__} holds PEFT's own layers; use PEFT's own methods"
@@ -355,7 +300,12 @@ def _refuse_rewritten(model: nn.Module, verb: str) -> None:
         )
 
 
-def _known(state: PatchState, names: Sequence[str], verb: str) -> None:
+def known_names(state: PatchState, names: Sequence[str], verb: str) -> None:
+    """Refuse names that no adapter of the model has.
+
+    Raises:
+        PatchError: there is such a name, or none at all.
+    """
     unknown = [name for name in names if name not in state.configs]
     if unknown or (not names and verb != "mixed_batch"):
         raise PatchError(
@@ -380,7 +330,7 @@ def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
         )
 
 
-def _set_flags(model: nn.Module, active: Sequence[str]) -> None:
+def set_flags(model: nn.Module, active: Sequence[str]) -> None:
     """Gradients for the active adapters alone."""
     for _, layer in adapter_layers(model):
         layer.train_adapters(active)

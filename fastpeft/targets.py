@@ -87,8 +87,17 @@ def select(model: nn.Module, config: Targets, *, allow_unmatched: bool) -> Selec
             skipped[path] = "not targeted"
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
-                skipped[f"{path}.{name}"] = f"3-D weight {list(parameter.shape)}, as of stacked experts"
+                skipped[f"{path}.{name}"] = _stacked(parameter, f"{path}.{name}")
     return Selection(targets, skipped, unmatched)
+
+
+def _stacked(parameter: nn.Parameter, path: str) -> str:
+    """Why a stacked 3-D weight is left out, and whose business it is: PEFT's, which forms W + B A."""
+    short = ".".join(path.split(".")[-2:])
+    return (
+        f"3-D weight {list(parameter.shape)}, as of stacked experts: put adapters on it by "
+        f"peft.LoraConfig(target_parameters=[{short!r}]) and patch that model"
+    )
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -144,6 +144,17 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, T
     ),
     "bert": (partial(_make, t.BertForMaskedLM, t.BertConfig, **_ENCODER), text),
     "roberta": (partial(_make, t.RobertaForMaskedLM, t.RobertaConfig, **_ENCODER), text),
+    "deberta": (  # one in_proj for q, k and v
+        partial(
+            _make,
+            t.DebertaForMaskedLM,
+            t.DebertaConfig,
+            **_ENCODER,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+        ),
+        text,
+    ),
     "deberta-v2": (partial(_make, t.DebertaV2ForMaskedLM, t.DebertaV2Config, **_ENCODER), text),
     "vit": (partial(_make, t.ViTForImageClassification, t.ViTConfig, **_VISION, intermediate_size=48), image),
     "dinov2": (partial(_make, t.Dinov2ForImageClassification, t.Dinov2Config, **_VISION, mlp_ratio=2), image),

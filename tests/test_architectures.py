@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from functools import cache
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import fastpeft
+from fastpeft.layers.linear import LinearMixin
 from tests.architectures import ARCHITECTURES
 from tests.tolerance import relative_error
 
@@ -26,6 +28,19 @@ BLOCKS = {
     "mixtral": ("self_attn",),
     "qwen2-moe": ("self_attn", "shared_expert"),
     "t5": ("EncDecAttention", "DenseReluDense"),
+}
+STACKED = ("mixtral", "qwen2-moe")
+# Lines on what stands beside a block's linears, but is called with another variable than they are.
+_ALONE = "not fused, because no other linear that can be fused is called with"
+WHY_NOT = {
+    "llama": {"model.layers.1.self_attn": f"o_proj: {_ALONE} attn_output"},
+    "t5": {"encoder.block.0.layer.0.SelfAttention": f"q: {_ALONE} hidden_states"},
+    "whisper": {"model.decoder.layers.1.encoder_attn": f"q_proj: {_ALONE} hidden_states"},
+    "deberta": {
+        "deberta.encoder.layer.0.attention.self": (
+            "in_proj is several linears in one already: one op reads its input once for all"
+        )
+    },
 }
 every = pytest.mark.parametrize("name", ARCHITECTURES)
 methods = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -103,15 +118,66 @@ def test_every_linear_of_the_blocks_is_patched_or_has_a_reason(name):
         p for p, m in plain(name).named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
     }
     assert linears <= told
-    if name in ("mixtral", "qwen2-moe"):
-        assert (
-            sum("3-D weight" in module.detail for module in report.modules) == 4
-        )  # gate_up and down, two layers
+    if name in STACKED:
+        stacked = [module.detail for module in report.modules if "3-D weight" in module.detail]
+        assert len(stacked) == 4  # gate_up and down, two layers
+        assert all("target_parameters=['experts." in detail for detail in stacked)
     assert all(module.detail for module in report.modules)
     for expected in BLOCKS.get(name, ()):
         assert any(
             line.split(":")[0].endswith(expected) and "are one op" in line for line in report.blocks
         ), expected
+
+
+def side_by_side(model: nn.Module) -> dict[str, list[str]]:
+    """The linears with adapters of every module that has two or more of them."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [name for name, child in module.named_children() if isinstance(child, LinearMixin)]
+        if len(names) > 1:
+            found[path] = names
+    return found
+
+
+@every
+def test_linears_side_by_side_are_in_a_block_or_the_report_says_why_not(name):
+    model = fastpeft.patch(plain(name), fastpeft.LoRA(r=1))
+    report = fastpeft.report(model)
+    assert side_by_side(model) or name == "falcon"  # each of its linears is alone in its module
+    for path, names in side_by_side(model).items():
+        lines = [line.removeprefix(f"{path}: ") for line in report.blocks if line.startswith(f"{path}: ")]
+        about = {n for line in lines for n in re.split(r"[,: ()]+", line.partition(" because ")[0])}
+        assert about.issuperset(names), (path, names, lines)
+    for path, line in WHY_NOT.get(name, {}).items():
+        assert f"{path}: {line}" in report.blocks
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_experts_are_pefts_business_beside_our_linears(name):
+    """What the reason of a skipped 3-D weight says to do."""
+    config = LoraConfig(
+        r=4,
+        target_modules=list(targets(name)),
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(5)
+    theirs = get_peft_model(plain(name), config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in theirs.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.mul_(0.3)
+    ours = fastpeft.patch(copy.deepcopy(theirs))
+    assert_same(ours, theirs, name)
+    assert any("experts" in key for key in trained(ours, name))
+    report = fastpeft.report(ours)
+    left = [module for module in report.modules if module.action == "left to PEFT"]
+    assert len(left) == 4
+    assert all("ParamWrapper has no fused forward" in module.detail for module in left)
+    assert len(report.patched) == len(targets(name))
+    for model in (ours, theirs):
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert_same(ours, theirs, name)
 
 
 @every

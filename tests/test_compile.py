@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,11 +89,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 class Counted:
     """A compiled model, and how many graphs it has taken so far."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, backend: str = "aot_eager") -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.model = model
-        self.compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        self.compiled = torch.compile(model, fullgraph=True, backend=backend)
 
     def step(self) -> dict[str, torch.Tensor]:
         found = step(self.compiled)
@@ -149,24 +152,164 @@ def test_one_graph_serves_every_layer_whatever_its_p():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "peft"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
-def test_an_adapter_is_compiled_once(in_place, options):
-    model = adapted(in_place, options, options)
+both = pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 
-    def switch(name: str) -> None:
-        model.base_model.set_adapter(name) if in_place else fastpeft.set_adapter(model, name)
 
-    switch("default")
+@both
+def test_an_adapter_of_pefts_is_compiled_once(options):
+    model = adapted(True, options, options)
+    model.base_model.set_adapter("default")
     counted = Counted(model)
     losses = []
     for turn, name in enumerate(("default", "other", "default", "other")):
-        switch(name)
+        model.base_model.set_adapter(name)
         found, expected = counted.step(), step(model)
         assert_same(found, expected)
         losses.append(found["loss"])
         assert counted.graphs == min(turn + 1, 2)
     assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+def switched_there_and_back(model: nn.Module, backend: str) -> None:
+    """One graph for both adapters, whose losses and gradients are those of eager mode."""
+    counted = Counted(model, backend)
+    losses = []
+    for name in ("default", "other", "default", "other"):
+        fastpeft.set_adapter(model, name)
+        found, expected = counted.step(), step(model)
+        assert_same(found, expected)
+        assert {key.rpartition(".")[2] for key in found.keys() - {"loss"}} == {name}
+        losses.append(found["loss"])
+        assert counted.graphs == 1
+    assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("others", "backend"),
+    [({}, "aot_eager"), ({"lora_alpha": 5}, "eager"), ({"lora_alpha": 5, "lora_dropout": 0.4}, "aot_eager")],
+    ids=["alike", "scaling", "scaling-and-dropout"],
+)
+def test_a_switch_between_adapters_reuses_the_graph(options, others, backend):
+    first = {"lora_alpha": 2, "lora_dropout": 0.1 if "lora_dropout" in others else 0.0, **options}
+    switched_there_and_back(adapted(False, first, {**first, **others}), backend)
+
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()),
+    reason="inductor needs g++ and Python.h",
+)
+
+
+@needs_compiler
+@both
+def test_the_default_backend_computes_the_same_and_is_not_asked_again(options):
+    first = {"lora_alpha": 2, **options}
+    switched_there_and_back(adapted(False, first, {**first, "lora_alpha": 5}), "inductor")
+
+
+@both
+def test_a_switch_reuses_the_graph_of_an_embedding(options):
+    model = nn.Sequential(nn.Embedding(9, 6))
+    config = {"r": 2, "target_modules": ["0"], "init_lora_weights": False, **options}
+    fastpeft.patch(model, fastpeft.LoRA(**config))
+    fastpeft.add_adapter(model, "other", fastpeft.LoRA(**config, lora_alpha=3))
+    counted = Counted(model)
+    ids = torch.tensor([[1, 2, 8], [0, 0, 3]])
+    seen = []
+    for name in ("default", "other", "default"):
+        fastpeft.set_adapter(model, name)
+        seen.append(counted.compiled(ids))
+        assert relative_error(seen[-1], model(ids).detach()) <= 1e-6
+    assert counted.graphs == 1
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@both
+def test_gradient_accumulation_needs_no_other_graph(options):
+    model = adapted(False, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(4, 3, HIDDEN)
+    compiled(x).sum().backward()
+    optimizer.zero_grad()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for accumulated in (1, 3, 2):
+            for part in range(accumulated):
+                (compiled(x + part).square().mean() / accumulated).backward()
+            found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            optimizer.zero_grad()
+            sum(model(x + part).square().mean() / accumulated for part in range(accumulated)).backward()
+            for p, got in zip((p for p in model.parameters() if p.requires_grad), found, strict=True):
+                assert relative_error(got, p.grad) <= 1e-5
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=accumulated == 1)
+
+
+@both
+def test_compiled_code_sees_parameters_that_were_exchanged(options):
+    """As FSDP2, load_state_dict(assign=True), .to() and a new dropout exchange them."""
+    model = adapted(False, {"lora_dropout": 0.3, **options})
+    layer = model[0].to_q
+    counted = Counted(model)
+    seen = [counted.step()["loss"]]
+
+    def assign() -> None:
+        state = {name: 1.5 * value for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+
+    def exchange() -> None:  # taken out and put in, in two steps
+        parameter = layer.lora_B._parameters.pop("default")
+        layer.lora_B._parameters["default"] = nn.Parameter(parameter.detach() * 3.0)
+
+    def other_dropout() -> None:
+        dropout = nn.Dropout(0.8)
+        follow(dropout)
+        layer.lora_dropout["default"] = dropout
+
+    for act in (assign, exchange, other_dropout, lambda: model.double().float()):
+        act()
+        for parameter in model.parameters():
+            parameter.grad = None
+        found = counted.step()
+        assert_same(found, step(model))
+        seen.append(found["loss"])
+    assert seen[0] != seen[1] != seen[2] != seen[3]
+    assert counted.graphs == 1
+
+
+@both
+def test_copies_switch_among_their_own_adapters(options):
+    model = adapted(False, options, options)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        switched = Counted(twin)
+        for name in ("default", "other"):
+            fastpeft.set_adapter(twin, name)
+            fastpeft.set_adapter(model, name)
+            assert_same(switched.step(), step(twin))
+            assert not torch.equal(switched.step()["loss"], step(model)["loss"])
+        assert switched.graphs == 1
+
+
+def test_functional_call_inside_compiled_code():
+    model = adapted(False, {}, {})
+    torch._dynamo.reset()
+    x = torch.randn(3, HIDDEN)
+    exchanged = {n: 2.0 * p.detach() for n, p in model.named_parameters() if n.endswith("lora_B.default")}
+
+    def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x,))
+
+    want = call(exchanged, x)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(exchanged, x)
+    assert relative_error(got, want.detach()) <= 1e-6
+    assert relative_error(model(x), want.detach()) > 1e-2
 
 
 def test_a_copy_follows_its_own_dropout():

@@ -83,6 +83,73 @@ def test_it_works_outside_the_repository(site, blocked):
     assert run(site, PATCH_A_PLAIN_MODEL, blocked) == "patched 2\n"
 
 
+EVERY_VERB = """
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+import torch, fastpeft
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.proj(x)))
+
+def model():
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Block(), Block())
+    return nn.Sequential(OrderedDict(words=nn.Embedding(9, 8), blocks=blocks))
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+ids = torch.arange(6).view(2, 3)
+folder = Path(tempfile.mkdtemp())
+base = model()(ids).detach()
+for use_dora in (False, True):
+    options = dict(use_dora=use_dora, init_lora_weights=False, target_modules=["words", "proj", "out"])
+    patched = fastpeft.patch(model(), fastpeft.LoRA(r=2, **options))
+    patched(ids).sum().backward()
+    fastpeft.add_adapter(patched, "poems", fastpeft.LoRA(r=2, lora_alpha=1, **options))
+    first = patched(ids).detach()
+    fastpeft.set_adapter(patched, "poems")
+    second = patched(ids).detach()
+    assert fastpeft.active_adapters(patched) == ("poems",)
+    assert not torch.allclose(first, second) and not torch.allclose(first, base)
+    with fastpeft.disable_adapters(patched):
+        close(patched(ids), base)
+    with fastpeft.mixed_batch(patched, ["default", "__base__"]):
+        close(patched(ids), torch.stack([first[0], base[1]]))
+    fastpeft.merge(patched)
+    close(patched(ids).detach(), second)
+    fastpeft.unmerge(patched)
+    fastpeft.merge(patched, {"default": 0.5, "poems": 0.5})
+    fastpeft.unmerge(patched)
+    assert torch.equal(patched(ids), second)
+    fastpeft.save(patched, folder / str(use_dora), "poems")
+    close(fastpeft.load(model(), folder / str(use_dora))(ids).detach(), second)
+    fastpeft.load(patched, folder / str(use_dora), "third")
+    close(fastpeft.set_adapter(patched, "third")(ids).detach(), second)
+    fastpeft.set_adapter(patched, "default")
+    fastpeft.hotswap(patched, folder / str(use_dora))
+    close(patched(ids).detach(), second)
+    if not use_dora:
+        fastpeft.combine_adapters(patched, {"default": 2.0, "third": -1.0}, "mix")
+        close(fastpeft.set_adapter(patched, "mix")(ids).detach(), second)
+    fastpeft.delete_adapter(patched, "poems")
+    print(len(str(fastpeft.report(patched)).splitlines()) > 5)
+    assert torch.equal(fastpeft.unpatch(patched)(ids), base)
+print("peft" in sys.modules)
+"""
+
+
+def test_every_verb_works_without_peft(site):
+    assert run(site, EVERY_VERB, {"peft", "transformers"}) == "True\nTrue\nFalse\n"
+
+
 def test_a_missing_triton_is_one_clear_error_when_used(site):
     code = """
 import torch, fastpeft

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from fastpeft.blocks import gated, shared
+from fastpeft.blocks.apart import on_their_own
 from fastpeft.blocks.source import called_together, taken_apart
+from fastpeft.blocks.view import own_product
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.install import is_accelerated, is_linear_layer
 from fastpeft.in_place.record import LAYER_ATTRIBUTE
@@ -25,6 +27,8 @@ def fuse_blocks(model: nn.Module) -> None:
             continue
         if gated.ATTRIBUTE not in module.__dict__:
             roles = gated.find_roles(module, linears)
+            if isinstance(roles, gated.Gated) and (why := _own_products(module, linears)) is not None:
+                roles = why
             if roles is not None:
                 module.__dict__[gated.ATTRIBUTE] = roles
             if isinstance(roles, gated.Gated):
@@ -45,7 +49,7 @@ def release_blocks(model: nn.Module) -> None:
 
 
 def described(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (path, what it is) of every block."""
+    """Yield (path, what it is) of every block, and of linears side by side that are none."""
     for path, module in model.named_modules():
         kind: Any = type(module)
         roles: gated.Gated | str | None = module.__dict__.get(gated.ATTRIBUTE)
@@ -62,6 +66,17 @@ def described(model: nn.Module) -> Iterator[tuple[str, str]]:
         for name in sorted(taken_apart(kind) & module._modules.keys()):
             if _has_adapters(module._modules[name]) and not isinstance(roles, gated.Gated):
                 yield path, f"{name} is several linears in one already: one op reads its input once for all"
+        adapted = [name for name, child in module._modules.items() if _is_adapted_linear(child)]
+        yield from ((path, line) for line in on_their_own(module, adapted))
+
+
+def _own_products(module: nn.Module, linears: dict[str, tuple[int, int]]) -> str | None:
+    for name in linears:
+        child = module._modules[name]
+        assert child is not None
+        if (why := own_product(child)) is not None:
+            return f"of {name}: {why}"
+    return None
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -84,8 +99,18 @@ def _has_adapters(child: nn.Module | None) -> bool:
     return isinstance(child, LinearMixin) or (child is not None and is_accelerated(child))
 
 
+def _is_adapted_linear(child: nn.Module | None) -> bool:
+    return isinstance(child, LinearMixin) or (
+        child is not None and is_accelerated(child) and is_linear_layer(child)
+    )
+
+
+def _can_be_shared(child: nn.Module | None) -> bool:
+    return child is not None and _has_adapters(child) and own_product(child) is None
+
+
 def _group_siblings(module: nn.Module, linears: dict[str, tuple[int, int]]) -> None:
-    adapted = tuple(name for name in linears if _has_adapters(module._modules[name]))
+    adapted = tuple(name for name in linears if _can_be_shared(module._modules[name]))
     other_code = is_replaced(module) and not gated.is_ours(module)
     runs = () if other_code else called_together(type(module), adapted)
     runs = tuple(run for run in runs if len({linears[name][0] for name in run}) == 1)

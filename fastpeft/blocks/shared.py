@@ -25,12 +25,14 @@ class Siblings:
     Attributes:
         names: those with adapters, as children of the module.
         runs: of the names, those that share an input, in the order of the calls.
+        given_up: what the runs were, once they turned out to be called with different tensors.
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...], runs: tuple[tuple[str, ...], ...]) -> None:
         self.parent = parent
         self.names = names
         self.runs = runs
+        self.given_up: tuple[tuple[str, ...], ...] = ()
         self._misses = 0
         self._input: Tensor | None = None
         self._ready: dict[str, Tensor] = {}
@@ -73,4 +75,4 @@ class Siblings:
         self._input, self._ready = None, {}
         self._misses += 1
         if self._misses >= MAX_MISSES:
-            self.runs = ()
+            self.given_up, self.runs = self.runs, ()

@@ -38,15 +38,35 @@ def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...],
     return tuple(runs)
 
 
+def variables_of(kind: Any) -> dict[str, list[str]] | None:
+    """Return, by child, the variables that a class's forward calls it with; None for one without source."""
+    if not _has_source(kind):
+        return None
+    found: dict[str, list[str]] = {}
+    for name, argument in _calls(kind):
+        variables = found.setdefault(name, [])
+        if (variable := argument[0]) not in variables:
+            variables.append(variable)
+    return found
+
+
+def _has_source(kind: Any) -> bool:
+    try:
+        inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+    return True
+
+
 @cache
-def _calls(kind: Any) -> tuple[tuple[str, object], ...]:
+def _calls(kind: Any) -> tuple[tuple[str, tuple[str, int]], ...]:
     """Every ``self.name(variable, ..)`` of a forward: the name, and what tells the variable's value."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):
         return ()
     stores = [(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_store(n)]
-    found: list[tuple[Place, str, object]] = []
+    found: list[tuple[Place, str, tuple[str, int]]] = []
     for call, name, variable in _method_calls(tree):
         # A statement's target is assigned after its value is computed, so its own line does not count.
         version = sum(stored == variable and line < call.lineno for stored, line in stores)
@@ -68,7 +88,7 @@ def taken_apart(kind: Any) -> frozenset[str]:
     for node in ast.walk(tree):
         match node:
             case ast.Assign(targets=[ast.Name(id=variable)], value=value):
-                if (name := _child_called(value)) is not None:
+                if (name := _child_called(kind, value)) is not None:
                     variables[variable] = name
     found = set()
     for node in ast.walk(tree):
@@ -76,16 +96,23 @@ def taken_apart(kind: Any) -> frozenset[str]:
             case ast.Call(
                 func=ast.Attribute(attr="chunk" | "split" | "tensor_split" | "unbind", value=whole)
             ):
-                found.add(_child_called(whole, variables))
+                found.add(_child_called(kind, whole, variables))
             case ast.Subscript(value=whole, slice=ast.Tuple(elts=[*_, ast.Slice()])):
-                found.add(_child_called(whole, variables))
+                found.add(_child_called(kind, whole, variables))
     return frozenset(name for name in found if name is not None)
 
 
-def _child_called(node: ast.AST, variables: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """Return ``name`` for ``self.name(..)``, methods called on it or not, or for its variable."""
+def _child_called(
+    kind: Any, node: ast.AST, variables: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
+    """Return ``name`` for ``self.name(..)``, methods called on it or with it or not, or for its variable."""
     while True:
         match node:
+            # A method of the class, as those that make heads of a projection's result.
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=[inner, *_]) if (
+                inspect.isfunction(getattr(kind, name, None))
+            ):
+                node = inner
             case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
                 return name
             case ast.Call(func=ast.Attribute(value=inner)):

@@ -54,6 +54,20 @@ def view_of(layer: nn.Module, x: Tensor) -> View | None:
     return None
 
 
+def own_product(layer: nn.Module) -> str | None:
+    """Return why no block op can ever stand for a linear: nobody but its class knows its product."""
+    base: Any = layer
+    if is_accelerated(layer):
+        base = layer._modules["base_layer"]
+    elif isinstance(layer, LinearMixin):
+        if not layer.has_plain_product:
+            return f"{type(layer).kind.__name__} has a product of its own"  # type: ignore[attr-defined]
+        return None if layer.can_merge() else "its weight is quantised"
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"{type(base).__name__} has a product of its own"
+    return "its weight is quantised" if type(base.weight).__module__.startswith("torchao.") else None
+
+
 def is_called_bare(layer: nn.Module) -> bool:
     """Whether calling the module does no more than its forward."""
     return not has_hooks(layer) and not global_hooks()
@@ -112,7 +126,7 @@ def _view(layer: nn.Module, base: Any, x: Tensor, adapters: list[Adapter], norms
     if one.bias is not None:
         bias = one.bias.to(x.dtype) if bias is None else bias + one.bias.to(bias.dtype)
     norm = None
-    if one.magnitude is not None:
+    if one.magnitude is not None and not torch.compiler.is_compiling():
         cache: NormCache = norms.norm_cache(one.name)
         norm = cache.norm(base.weight, weight, one.lora_A, one.lora_B, one.scaling)
     projection = Projection(

@@ -31,6 +31,8 @@ from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 class Adapter(NamedTuple):
     """What one adapter adds: ``scaling * drop(x) lora_A^T lora_B^T + bias``; DoRA's has a magnitude.
 
+    ``name`` is empty in compiled code (:mod:`fastpeft.layers.held`).
+
     ``dropout_on_base`` is the meaning of DoRA's dropout (:mod:`fastpeft.ops.dora`).
     """
 
@@ -105,7 +107,10 @@ def fused_linear(
             x, weight, bias, first.lora_A, first.lora_B, scaling=first.scaling, dropout_p=first.dropout_p
         )
     else:
-        cache = norm_cache(first.name)
+        norm = None
+        if not torch.compiler.is_compiling():  # compiled code has its norm from the op, and no names
+            cache = norm_cache(first.name)
+            norm = cache.norm(parameter, weight, first.lora_A, first.lora_B, first.scaling)
         y = dora_linear(
             x,
             weight,
@@ -116,7 +121,7 @@ def fused_linear(
             scaling=first.scaling,
             dropout_p=first.dropout_p,
             dropout_on_base=first.dropout_on_base,
-            norm=cache.norm(parameter, weight, first.lora_A, first.lora_B, first.scaling),
+            norm=norm,
         )
     # DoRA keeps its output for backward.
     return adapters_over(y, x, rest, base(), is_ours=first.magnitude is None) if rest else y

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastpeft.errors import ConfigError
 from fastpeft.layers.adapted import Adapter
+from fastpeft.layers.held import Held, entries_of, is_compiled, watch
 from fastpeft.layers.initialise import base_factors, initialise
-from fastpeft.layers.merging import merged_weight
-from fastpeft.layers.norm_cache import NormCache
+from fastpeft.layers.merging import merged_weight, weighted_weight
+from fastpeft.layers.norm_cache import PLAIN_TYPES, NormCache
 from fastpeft.ops.probability import Probability, follow, probability_of
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 
@@ -104,7 +105,6 @@ class AdapterSpec:
                 # The norm that forward computes, so that the row scale starts at exactly 1 where B is zero.
                 norm = row_norm(weight, lora_A, lora_B, self.scaling, row_norm_squared(weight))
             layer.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
-            layer.norm_cache(name)  # from the start: one that comes with the first call compiles it anew
 
     def adapter(self, layer: AdapterMixin, name: str) -> Adapter:
         """LoRA's or DoRA's matrices as they are."""
@@ -162,8 +162,6 @@ class AdapterMixin(nn.Module):
     # Of the adapters that drop anything; their p may change at any time, as PEFT's may.
     lora_dropout: nn.ModuleDict
     specs: dict[str, Spec]
-    # Those whose names are here and in `specs` take part in forward, in this order.
-    active_adapters: tuple[str, ...]
     adapters_enabled: bool
     merged_adapters: tuple[str, ...]
     # One name for every row of the next inputs, where rows go by different adapters.
@@ -194,6 +192,8 @@ class AdapterMixin(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self.lora_dropout = nn.ModuleDict()
+        for entries in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
+            watch(entries)
         self.specs = {}
         self.active_adapters = ()
         self.adapters_enabled = True
@@ -204,14 +204,41 @@ class AdapterMixin(nn.Module):
         self._norm_caches: dict[str, NormCache] = {}
 
     @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """Those whose names are here and in ``specs`` take part in forward, in this order."""
+        return self._active_adapters
+
+    @active_adapters.setter
+    def active_adapters(self, names: tuple[str, ...]) -> None:
+        self._active_adapters = names
+        self._held = self._hold()
+
+    @property
     def active_adapter(self) -> str:
         """The first of the active adapters."""
         return self.active_adapters[0]
+
+    def _hold(self) -> tuple[Held, ...] | None:
+        """Return the active adapters as compiled code reads them, None where it has to read them itself."""
+        specs = [(name, self.specs[name]) for name in self._active_adapters if name in self.specs]
+        entries = [entries_of(getattr(self, kind)) for kind in (*_LORA, "lora_dropout")]
+        scalings = {spec.scaling for spec in self.specs.values()}
+        found = []
+        for name, spec in specs:
+            if not isinstance(spec, AdapterSpec) or None in entries:
+                return None  # of another method, or somebody put dictionaries of his own there
+            A, B, m, dropout = (watched.place(name) for watched in entries if watched is not None)
+            scaling: float | Tensor = spec.scaling
+            if len(scalings) > 1:
+                scaling = torch.tensor(spec.scaling, dtype=torch.float64, device="cpu")
+            found.append(Held(A, B, m if spec.use_dora else None, dropout, scaling, spec.dropout_on_base))
+        return tuple(found)
 
     def add_adapter(self, name: str, spec: Spec) -> None:
         """Create and initialise the parameters of one adapter, on the base's device; it is not active yet."""
         spec.create(self, name)
         self.specs[name] = spec
+        self._held = self._hold()
 
     def initialise(self, lora_A: Tensor, lora_B: Tensor, weight: Tensor, spec: AdapterSpec) -> None:
         """Fill A and B, given empty and zero, as the specification says."""
@@ -262,6 +289,9 @@ class AdapterMixin(nn.Module):
 
     def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
         """Return those adapters of these names (default: the active ones) that the layer has, of any rank."""
+        held = self._held if names is None and is_compiled() else None
+        if held is not None and all(one.is_readable() for one in held):
+            return [one.adapter() for one in held]
         chosen = self.active_adapters if names is None else names
         present = [(name, self.specs[name]) for name in chosen if name in self.specs]
         return [spec.adapter(self, name) for name, spec in present if spec.r]
@@ -301,14 +331,31 @@ class AdapterMixin(nn.Module):
             cache = self._norm_caches[name] = NormCache()
         return cache
 
+    def kept_norm(self, adapter: Adapter) -> Tensor | None:
+        """Return an adapter's row norm where it is kept from call to call without a gradient, else None.
+
+        That is on a CPU, where values tell whether anything has changed.
+        """
+        weight = self.weight
+        if not weight.is_cpu or type(weight) not in PLAIN_TYPES or torch.compiler.is_compiling():
+            return None
+        cache = self.norm_cache(adapter.name)
+        return cache.norm(weight, self.weight_out_in(), adapter.lora_A, adapter.lora_B, adapter.scaling)
+
     @torch.no_grad()
-    def merge(self, names: Sequence[str], *, keep_base: bool) -> bool:
+    def merge(self, names: Sequence[str], *, keep_base: bool, factors: Sequence[float] | None = None) -> bool:
         """Write these adapters into the weight; False, and nothing done, where the result is not finite.
 
         The weight as it was goes to host memory if ``keep_base``: no subtraction gives it back to the bit.
         """
         weight = self.weight_out_in()
-        merged = merged_weight(weight, self.adapters(names))
+        present = [name for name in names if name in self.specs and self.specs[name].r]
+        adapters = self.adapters(present)
+        if factors is None:
+            merged = merged_weight(weight, adapters)
+        else:
+            by_name = dict(zip(names, factors, strict=True))
+            merged = weighted_weight(weight, adapters, [by_name[name] for name in present])
         if not torch.isfinite(merged).all():
             return False
         self._unmerged = self.weight.detach().to("cpu", copy=True) if keep_base else None

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft.layers.adapted import suppressed
+from fastpeft.layers.adapted import Adapter, suppressed
 from fastpeft.layers.adapter import AdapterMixin, AdapterSpec
 from fastpeft.layers.norm_cache import NormCache
+from fastpeft.layers.rows import Rows
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 
@@ -49,13 +50,13 @@ def embedding_row_scale(
     lora_B: Tensor,
     magnitude: Tensor,
     scaling: float | Tensor,
-    cache: NormCache,
+    cache: NormCache | None,
 ) -> Tensor:
     """DoRA's row scale [embedding_dim], of the norms of the columns of the embedding's weight."""
     weight, norm = parameter.t(), None
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling, 1.0
-    else:
+    elif cache is not None:
         norm = cache.norm(parameter, weight, lora_A, lora_B, scaling)
     if norm is None:
         with torch.no_grad():
@@ -96,33 +97,47 @@ class EmbeddingMixin(AdapterMixin):
         if self.row_adapters is not None:
             return self._by_row(result, x, self.row_adapters)
         base = result
-        for name in self.active_adapters:
-            if name in self.specs:
-                result = self._with_adapter(result, x, name)
+        for adapter in self.adapters():
+            result = self._with_adapter(result, x, adapter)
         return result if self.response is None else suppressed(base, result, self.response)
 
-    def _with_adapter(self, result: Tensor, ids: Tensor, name: str) -> Tensor:
-        A, B, scaling = self.lora_A[name], self.lora_B[name], self.specs[name].scaling
-        rows = F.embedding(
-            ids, A.t(), self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+    def _with_adapter(self, result: Tensor, ids: Tensor, adapter: Adapter) -> Tensor:
+        A, B, m, scaling = adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.scaling
         c = None
-        if self.specs[name].use_dora:
-            m = self.lora_magnitude_vector[name]
-            c = embedding_row_scale(self.weight, A, B, m, scaling, self.norm_cache(name))
-        embed_scale = getattr(self, "embed_scale", None)
-        if isinstance(embed_scale, (int, float)):
-            embed_scale = torch.tensor(float(embed_scale), device=result.device)
-        return embedding_with_adapter(result, rows, B, scaling, embed_scale, c)
+        if m is not None:
+            # Compiled code computes its norm, and has no names.
+            cache = None if torch.compiler.is_compiling() else self.norm_cache(adapter.name)
+            c = embedding_row_scale(self.weight, A, B, m, scaling, cache)
+        return embedding_with_adapter(result, self._rows_of(A, ids), B, scaling, self._embed_scale(), c)
 
     def _by_row(self, result: Tensor, ids: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Each row by its own adapter; ids are few numbers, so rows of one adapter go together."""
-        mixed = result.clone()
-        for name in dict.fromkeys(names):
-            if name in self.specs:
-                where = torch.tensor([n == name for n in names], device=ids.device)
-                mixed[where] = self._with_adapter(result[where], ids[where], name)
-        return mixed
+        """Each row by its own adapter, in one product for all.
+
+        Every A is read at the ids alone: A of all adapters side by side would be a copy of sum of r times
+        num_embeddings elements, 39 MB for four of r=16 and 152,000 tokens.
+        """
+        rows = Rows.of(ids, names, self.adapters(list(self.specs)))
+        if not rows.adapters:
+            return result
+        S = rows.own(
+            torch.cat([self._rows_of(a.lora_A, ids) for a in rows.adapters], dim=-1).to(result.dtype)
+        )
+        if (embed_scale := self._embed_scale()) is not None:
+            S = S * embed_scale.to(S.dtype)
+        return rows.added(result, S, None, self.weight_out_in, self.kept_norm)
+
+    def _rows_of(self, lora_A: Tensor, ids: Tensor) -> Tensor:
+        """Return the rows of ``A^T`` [..., r] for ids [...]."""
+        return F.embedding(
+            ids, lora_A.t(), self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+
+    def _embed_scale(self) -> Tensor | None:
+        """Return what the embedding multiplies its rows by, if it does."""
+        scale = getattr(self, "embed_scale", None)
+        if isinstance(scale, (int, float)):
+            return torch.tensor(float(scale), device=self.weight.device)
+        return scale
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return nn.Embedding's result."""

@@ -35,7 +35,10 @@ class LinearMixin(AdapterMixin):
             return self.base_forward(x, *args, **kwargs)
         if self.row_adapters is not None:
             result = self.base_forward(x, *args, **kwargs)
-            return added_by_row(result, x, self.row_adapters, self.adapters(list(self.specs)), self._base())
+            everyone = self.adapters(list(self.specs))
+            return added_by_row(
+                result, x, self.row_adapters, everyone, self._base(), kept_norm=self.kept_norm
+            )
         if self.siblings is not None and self.response is None and not args and not kwargs:
             siblings, name = self.siblings
             together: Tensor | None = siblings.result(name, x)

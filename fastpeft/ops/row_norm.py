@@ -70,7 +70,8 @@ def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 def checked_row_scale(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, bool]:
     """:func:`row_scale`, and whether every c is known to be the quotient itself, and no n to be 0."""
     c = magnitude.to(norm.dtype) / norm
-    if c.is_cpu and c.numel():
+    # Not where it is compiled: embeddings and a second DoRA take their scale outside the op.
+    if c.is_cpu and c.numel() and not torch.compiler.is_compiling():
         smallest, largest = c.abs().aminmax()
         if smallest >= MIN_ROW_SCALE and largest < torch.inf:  # false for NaN too
             return c, True

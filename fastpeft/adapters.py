@@ -173,7 +173,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Give each row of the batch its own adapter inside a ``with`` block, ``"__base__"`` for none.
 
-    All adapters are computed together, in two products a layer. For inference: dropout plays no part.
+    All adapters are computed together, in two products a layer. For inference: dropout plays no part. A block
+    inside another one gives the outer one's rows back at its end.
 
     Raises:
         PatchError: the model is not patched, is merged, or has no adapter of a name.
@@ -183,13 +184,14 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     _refuse_merged(model, "mixed_batch")
     _refuse_rewritten(model, "mixed_batch")
     layers = [layer for _, layer in adapter_layers(model)]
+    before = [layer.row_adapters for layer in layers]
     for layer in layers:
         layer.row_adapters = tuple(names)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.row_adapters = None
+        for layer, rows in zip(layers, before, strict=True):
+            layer.row_adapters = rows
 
 
 def merge(

@@ -76,7 +76,7 @@ def _accelerate(model: ModelT, config: Any) -> ModelT:
         )
     if find_state(model) is not None:
         raise PatchError(f"this {type(model).__name__} is already patched by fastpeft; unpatch it first")
-    install.accelerate(model, fuse_blocks)
+    install.accelerate(model, fuse_blocks, release_blocks)
     logger.info("fastpeft: %s", report(model).summary())
     return model
 
@@ -96,6 +96,8 @@ def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatche
             f"{state.owner!r}; {beside if method_of(config).has_names else ''}fastpeft.unpatch(model) first"
         )
     _refuse_foreign_adapters(model)
+    if install.forget(model):  # its PEFT layers were taken away since it was accelerated
+        release_blocks(model)
     plan = method_of(config).plan(model, config, adapter_name, allow_unmatched=allow_unmatched)
     saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
     trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
@@ -280,6 +282,8 @@ def _bring_up_to_date(original: nn.Module, current: nn.Module, *, cast: bool) ->
     if isinstance(current, AdapterMixin):
         for name in original._parameters:
             original._parameters[name] = current._parameters[name]
+        for name in original._buffers:  # like Gemma 3's embed_scale, which a move or a cast replaces
+            original._buffers[name] = current._buffers[name]
         return
     pairs = [
         *zip(original.parameters(), current.parameters(), strict=True),

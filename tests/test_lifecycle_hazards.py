@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import fastpeft
+from fastpeft.layers.adapter import AdapterMixin
 from tests.models import llama, tokens
 
 
@@ -61,3 +67,106 @@ def test_adapters_disabled_inside_a_block_that_disables_them_stay_so():
             assert torch.equal(logits(model), before)
         assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(model), before)
+
+
+# --- layers taken away
+
+
+def accelerated(**options: object) -> nn.Module:
+    model = get_peft_model(llama(), LoraConfig(**{"r": 4, "target_modules": "all-linear", **options}))
+    return fastpeft.patch(warmed(model).eval())
+
+
+def traces(model: nn.Module) -> list[str]:
+    """Whatever of ours a model's modules hold."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if "fastpeft" in f"{name} {type(value).__module__} {getattr(value, 'func', None)}"
+    ]
+
+
+@pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("inner", [False, True], ids=["peft-model", "its-base"])
+def test_a_model_that_peft_has_unloaded_pickles_without_us(verb, inner):
+    model = accelerated()
+    base = model.base_model.model
+    if inner:
+        fastpeft.patch(fastpeft.unpatch(model).base_model.model)
+    assert traces(base)
+    expected = logits(model if verb == "merge_and_unload" else llama())
+    result = getattr(model, verb)()
+    assert result is base
+    assert not traces(result)
+    assert b"fastpeft" not in pickle.dumps(result)
+    torch.testing.assert_close(logits(result), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_unloaded_is_patched_like_any_other():
+    base = accelerated().unload()
+    expected = logits(base)
+    fastpeft.patch(base, fastpeft.LoRA(r=2))
+    fastpeft.unpatch(base)
+    assert torch.equal(logits(base), expected)
+    assert not traces(base)
+
+
+def test_ours_wrapped_by_other_code_still_computes_after_unloading():
+    """As accelerate's hooks wrap a forward that they call on."""
+    model = accelerated()
+    mlp = model.base_model.model.model.layers[0].mlp
+    old = mlp.forward
+    assert "fastpeft" in old.func.__module__
+    base = model.unload()
+    x = torch.randn(3, mlp.down_proj.out_features)
+    assert torch.equal(old(x), type(mlp).forward(mlp, x))
+    assert torch.equal(logits(base), logits(llama()))
+
+
+def test_a_model_whose_peft_layers_were_taken_away_is_patched_and_unpatched_as_a_plain_one():
+    model = fastpeft.patch(inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), llama()))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(path, module.base_layer)
+    expected = logits(model)
+    fastpeft.patch(model, fastpeft.LoRA(r=2))
+    assert len(fastpeft.report(model).patched) == 14
+    fastpeft.unpatch(model)
+    assert not any(isinstance(module, AdapterMixin) for module in model.modules())
+    assert not traces(model)
+    assert torch.equal(logits(model), expected)
+
+
+class Scaled(nn.Linear):
+    """A linear with a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("factor", torch.full((8,), 2.0), persistent=False)
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def test_unpatch_gives_buffers_back_where_and_as_they_are_now():
+    model = nn.Sequential(Scaled(), Scaled())
+    fastpeft.patch(model, fastpeft.LoRA(r=2, target_modules="all-linear"))
+    model.double()
+    expected = model(torch.ones(3, 8, dtype=torch.float64))
+    fastpeft.unpatch(model)
+    assert [t.dtype for layer in model for t in (layer.weight, layer.factor)] == [torch.float64] * 4
+    torch.testing.assert_close(model(torch.ones(3, 8, dtype=torch.float64)), expected)
+    assert torch.equal(model[0].factor, torch.full((8,), 2.0, dtype=torch.float64))
+
+
+def test_unpatch_gives_back_the_scale_of_gemmas_embedding():
+    config = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **config)
+    )
+    fastpeft.patch(model, fastpeft.LoRA(r=2, target_modules=("embed_tokens",)))
+    model.to("meta")
+    embedding = fastpeft.unpatch(model).get_input_embeddings()
+    assert embedding.weight.device.type == embedding.embed_scale.device.type == "meta"

@@ -59,12 +59,17 @@ def find_calls(model: nn.Module) -> Calls | None:
     return model.__dict__.get(MODEL_ATTRIBUTE)
 
 
-def accelerate(model: nn.Module, on_new_layers: Callable[[nn.Module], None]) -> None:
+def accelerate(
+    model: nn.Module,
+    on_new_layers: Callable[[nn.Module], None],
+    on_none_left: Callable[[nn.Module], None],
+) -> None:
     """Put our forward on every LoRA layer that can have it; on a model that has it, on new layers alone.
 
     Args:
         model: holds PEFT's layers.
         on_new_layers: is called with it now, and with the model that PEFT makes more layers in later.
+        on_none_left: is called with the model that PEFT has taken its layers out of, merged or not.
 
     Raises:
         PatchError: no layer of the model is a LoRA layer.
@@ -78,10 +83,11 @@ def accelerate(model: nn.Module, on_new_layers: Callable[[nn.Module], None]) -> 
         )
     calls = find_calls(model) or Calls()
     accelerate_layers(model, calls)
-    calls.on_new_layers = on_new_layers
+    calls.on_new_layers, calls.on_none_left = on_new_layers, on_none_left
     model.__dict__[MODEL_ATTRIBUTE] = calls
     on_new_layers(model)
     _follow_new_layers()
+    _follow_unloading()
 
 
 def accelerate_layers(model: nn.Module, calls: Calls) -> None:
@@ -97,7 +103,15 @@ def restore(model: nn.Module) -> None:
             del layer.__dict__["forward"], layer.__dict__[LAYER_ATTRIBUTE]
             for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
                 unfollow(dropout)
-    del model.__dict__[MODEL_ATTRIBUTE]
+    forget(model)
+
+
+def forget(model: nn.Module) -> bool:
+    """Take our record off a model and what is inside; whether there was one."""
+    found = [module for module in model.modules() if find_calls(module) is not None]
+    for module in found:
+        del module.__dict__[MODEL_ATTRIBUTE]
+    return bool(found)
 
 
 def is_accelerated(layer: nn.Module) -> bool:
@@ -186,11 +200,7 @@ def _follow_new_layers() -> None:
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(self, model, *args, **kwargs)
-        layers = [layer for _, layer in tuner_layers(model)]
-        calls = next(
-            (layer.__dict__[LAYER_ATTRIBUTE].calls for layer in layers if is_accelerated(layer)), None
-        )
-        if calls is not None:
+        if (calls := _calls_inside(model)) is not None:
             accelerate_layers(model, calls)
             if calls.on_new_layers is not None:
                 calls.on_new_layers(model)
@@ -198,3 +208,35 @@ def _follow_new_layers() -> None:
 
     inject_adapter._fastpeft = True  # type: ignore[attr-defined]
     tuner.inject_adapter = inject_adapter
+
+
+def _follow_unloading() -> None:
+    """Let PEFT's two ways to take its layers out of a model, merged or not, tell us of it."""
+    kinds: list[Any] = [sys.modules["peft.tuners.tuners_utils"].BaseTuner]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        for name in ("merge_and_unload", "unload"):  # of PEFT's versions some have them in each tuner
+            original = kind.__dict__.get(name)
+            if original is not None and not getattr(original, "_fastpeft", False):
+                setattr(kind, name, _followed(original))
+
+
+def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def unloading(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = _calls_inside(self.model)
+        result = original(self, *args, **kwargs)
+        if calls is not None and isinstance(result, nn.Module) and not is_peft(result):
+            if calls.on_none_left is not None:
+                calls.on_none_left(result)
+            forget(result)
+        return result
+
+    unloading._fastpeft = True  # type: ignore[attr-defined]
+    return unloading
+
+
+def _calls_inside(model: nn.Module) -> Calls | None:
+    """Return the record that a model's accelerated layers count their calls in, if there are such layers."""
+    layers = (layer for _, layer in tuner_layers(model) if is_accelerated(layer))
+    return next((layer.__dict__[LAYER_ATTRIBUTE].calls for layer in layers), None)

@@ -23,12 +23,14 @@ MODEL_ATTRIBUTE = "_fastpeft_in_place"
 class Calls:
     """How often the layers of one model went which way, and why PEFT's; not under compilation.
 
-    ``on_new_layers`` is called with a model in which PEFT has made layers since.
+    ``on_new_layers`` is called with a model in which PEFT has made layers since, ``on_none_left`` with one that
+    PEFT has taken all its layers out of.
     """
 
     routes: Counter[Route] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     on_new_layers: Callable[[nn.Module], None] | None = None
+    on_none_left: Callable[[nn.Module], None] | None = None
 
     def count(self, route: Route, reason: str | None = None) -> None:
         """Note one call."""

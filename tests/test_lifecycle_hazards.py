@@ -170,3 +170,38 @@ def test_unpatch_gives_back_the_scale_of_gemmas_embedding():
     model.to("meta")
     embedding = fastpeft.unpatch(model).get_input_embeddings()
     assert embedding.weight.device.type == embedding.embed_scale.device.type == "meta"
+
+
+# --- parameters that are swapped
+
+
+@pytest.fixture
+def swapping():
+    """Casts, moves and loads by torch.utils.swap_tensors, as one may ask torch for."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+both_kinds = pytest.mark.parametrize("kind", [patched, accelerated], ids=["plain", "in-place"])
+
+
+@both_kinds
+def test_dora_that_has_computed_can_be_cast_by_swapping(kind, swapping):
+    model = kind(use_dora=True).eval()
+    logits(model)
+    model.double()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    torch.testing.assert_close(logits(model), logits(kind(use_dora=True).eval().double()))
+
+
+@both_kinds
+def test_dora_that_has_computed_can_load_by_swapping(kind, swapping):
+    model = kind(use_dora=True).eval()
+    before = {key: value * 1.25 for key, value in model.state_dict().items()}
+    logits(model)
+    model.load_state_dict(before)
+    fresh = kind(use_dora=True).eval()
+    fresh.load_state_dict(before)
+    assert torch.equal(logits(model), logits(fresh))

@@ -5,7 +5,7 @@ part of it (``c = m / n`` is taken inside the op), so a step of m alone keeps it
 
 Neither identity nor ``_version`` proves that a tensor is unchanged: writes through ``.data``, FSDP2's
 all-gather and torch's fused optimisers (measured with torch 2.13) leave the version as it was. So, beyond a
-key of identity, address, version, dtype, device, shape and strides, every forward compares values, training
+key of the storage's identity, address, version, dtype, device, shape and strides, every forward compares values, training
 or not:
 
 - On a CPU A and B are compared whole, with exact copies: 40 us at r=16 and 4096 x 4096, as long as sums
@@ -66,13 +66,14 @@ def trust(
 class _Stored:
     """A value computed from ``tensors``: what they looked like then, and copies of what to compare."""
 
-    tensors: tuple[weakref.ref[Tensor], ...]
+    storages: tuple[weakref.ref[torch.UntypedStorage], ...]
     key: tuple[object, ...]
     copies: tuple[Tensor, ...]
     value: Tensor
 
     def is_of(self, tensors: tuple[Tensor, ...], key: tuple[object, ...]) -> bool:
-        return self.key == key and all(r() is t for r, t in zip(self.tensors, tensors, strict=True))
+        alive = zip(self.storages, tensors, strict=True)
+        return self.key == key and all(r() is t.untyped_storage() for r, t in alive)
 
     def same_values(self, values: tuple[Tensor, ...]) -> bool:
         return all(torch.equal(copy, value) for copy, value in zip(self.copies, values, strict=True))
@@ -127,7 +128,7 @@ class NormCache:
                     copies = (lora_A.clone(), lora_B.clone())
                 squared = row_norm_squared(weight) if squared is None else squared
                 value = row_norm(weight, lora_A, lora_B, scaling, squared)
-        self._norm = _Stored(tensors=tuple(map(weakref.ref, tensors)), key=key, copies=copies, value=value)
+        self._norm = _Stored(storages=tuple(map(_alive, tensors)), key=key, copies=copies, value=value)
         return value
 
     def _weight_norm_squared(self, parameter: Tensor, weight: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class NormCache:
             with torch.inference_mode(False), torch.no_grad():
                 copies = tuple(part.clone() for part in sample)
                 value = row_norm_squared(weight)
-            stored = _Stored(tensors=(weakref.ref(parameter),), key=key, copies=copies, value=value)
+            stored = _Stored(storages=(_alive(parameter),), key=key, copies=copies, value=value)
             self._squared, self._norm = stored, None
         return stored.value
 
@@ -195,6 +196,16 @@ def _is_traced(parameter: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _alive(tensor: Tensor) -> weakref.ref[torch.UntypedStorage]:
+    """What tells a tensor from a later one at its address.
+
+    Not a weak reference to the tensor: ``torch.utils.swap_tensors``, by which a module's parameters can be
+    cast, moved and loaded (``torch.__future__.set_swap_module_params_on_conversion``), refuses one that has
+    any.
+    """
+    return weakref.ref(tensor.untyped_storage())
 
 
 def _look(tensor: Tensor) -> tuple[object, ...]:

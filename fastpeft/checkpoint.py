@@ -87,6 +87,7 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
     Raises:
         CheckpointError: the folder is missing, damaged, of another base model or of another method; the
             message lists what differs and the model is left as it was.
+        PatchError: the adapter is merged, so its values play no part in forward; nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"load: expected a torch.nn.Module, got {type(model).__name__}")
@@ -96,6 +97,8 @@ def load(model: ModelT, folder: str | os.PathLike[str], name: str = "default") -
     tensors = _read_weights(path)
     method.check_file(path, ours, tensors)
     found = find_state(model)
+    if found is not None:
+        _refuse_merged(model, found, name, "load")
     patched_here, added_here = found is None, found is not None and name not in found.configs
     try:
         if patched_here:
@@ -137,11 +140,12 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
         name: the adapter's name in the model.
 
     Raises:
-        PatchError: the model is not patched or has no adapter of this name.
+        PatchError: the model is not patched, has no adapter of this name, or it is merged.
         CheckpointError: the folder does not fit; the message lists what differs, and nothing is changed.
     """
     state = require_state(model, "hotswap")
     _adapter_to_save(model, state, name)
+    _refuse_merged(model, state, name, "hotswap")
     path = Path(folder)
     config = folder_files.read_config(path)
     _, theirs = peft_format.from_peft_config(config, str(path / CONFIG_NAME))
@@ -175,6 +179,13 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
         for key, parameter in parameters.items():
             sharding.copy_into(parameter, prepared.get(key, tensors[key]))
     return model
+
+
+def _refuse_merged(model: nn.Module, state: PatchState, name: str, verb: str) -> None:
+    if name in state.configs and method_of(state.configs[name]).is_merged(model, name):
+        raise PatchError(
+            f"{verb}: {name!r} is merged, so new values would play no part; call fastpeft.unmerge(model) first"
+        )
 
 
 def _padded(tensor: Tensor, like: Tensor, key: str, ratio: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import fastpeft
+from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.layers.adapter import AdapterMixin
 from tests.models import llama, tokens
 
@@ -205,3 +206,41 @@ def test_dora_that_has_computed_can_load_by_swapping(kind, swapping):
     fresh = kind(use_dora=True).eval()
     fresh.load_state_dict(before)
     assert torch.equal(logits(model), logits(fresh))
+
+
+# --- folders for merged adapters
+
+
+@pytest.mark.parametrize("verb", [fastpeft.load, fastpeft.hotswap], ids=["load", "hotswap"])
+def test_a_merged_adapter_takes_no_values(verb, tmp_path):
+    model = patched().eval()
+    fastpeft.save(model, tmp_path)
+    fastpeft.merge(warmed(model, seed=4))
+    before, values = logits(model), [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(PatchError, match="'default' is merged"):
+        verb(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert all(map(torch.equal, model.parameters(), values))
+    verb(fastpeft.unmerge(model), tmp_path)
+    torch.testing.assert_close(logits(model), logits(patched().eval()))
+
+
+def test_an_adapter_beside_a_merged_one_takes_values(tmp_path):
+    model = patched().eval()
+    fastpeft.save(model, tmp_path)
+    fastpeft.add_adapter(model, "two", fastpeft.LoRA(r=4, lora_alpha=16))
+    fastpeft.merge(model, "default")
+    fastpeft.hotswap(model, tmp_path, "two")
+    with pytest.raises(CheckpointError, match="'default' is merged"):
+        fastpeft.load(model, tmp_path, "three")
+    fastpeft.set_adapter(fastpeft.unmerge(model), "two")
+    torch.testing.assert_close(logits(model), logits(patched().eval()))
+
+
+def test_a_merged_subspace_takes_no_values(tmp_path):
+    model = fastpeft.patch(llama(), fastpeft.IntrinsicDimension(d=50))
+    fastpeft.save(model, tmp_path)
+    fastpeft.merge(model)
+    with pytest.raises(PatchError, match="'default' is merged"):
+        fastpeft.load(model, tmp_path)
+    fastpeft.load(fastpeft.unmerge(model), tmp_path)

@@ -149,7 +149,7 @@ class IntrinsicDimensionMethod(Method):
         Raises:
             PatchError: the model was merged without keeping its base; nothing is changed.
         """
-        if any(slot.is_merged for _, _, slot in _moved(model)):
+        if self.is_merged(model, ""):
             self.unmerge(model)
         for _, module, _ in list(_moved(model)):
             move_back(module)
@@ -161,9 +161,13 @@ class IntrinsicDimensionMethod(Method):
         Raises:
             PatchError: the model is merged.
         """
-        if any(slot.is_merged for _, _, slot in _moved(model)):
+        if self.is_merged(model, ""):
             raise PatchError("disable_adapters: the model is merged; call fastpeft.unmerge(model) first")
         return [model._modules[CHILD]]
+
+    def is_merged(self, model: nn.Module, name: str) -> bool:
+        """Whether the Parameters hold ``theta_0 + P theta_d``; the adapter has no name."""
+        return any(slot.is_merged for _, _, slot in _moved(model))
 
     @torch.no_grad()
     def merge(self, model: nn.Module, *, keep_base: bool) -> None:

@@ -62,6 +62,10 @@ class LinearMethod(Method):
         """The layers."""
         return [layer for _, layer in adapter_layers(model)]
 
+    def is_merged(self, model: nn.Module, name: str) -> bool:
+        """Whether it is so in any layer."""
+        return any(name in layer.merged_adapters for _, layer in adapter_layers(model))
+
     def detach(self, model: nn.Module) -> None:
         """Give the base weights back: out of a merge, and whole again.
 

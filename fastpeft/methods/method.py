@@ -104,6 +104,10 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def is_merged(self, model: nn.Module, name: str) -> bool:
+        """Whether what an adapter learned is in the base weights now, so that its values play no part."""
+        return False
+
     def why_not(self, verb: str) -> str:
         """Return why a verb for named adapters is refused, where the method has none."""
         return f"the model is patched with {self.config.__name__}, whose values have no names"

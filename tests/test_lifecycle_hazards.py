@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import fastpeft
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.layers.norm_cache import NormCache
 from tests.models import llama, tokens
 
 
@@ -244,3 +246,29 @@ def test_a_merged_subspace_takes_no_values(tmp_path):
     with pytest.raises(PatchError, match="'default' is merged"):
         fastpeft.load(model, tmp_path)
     fastpeft.load(fastpeft.unmerge(model), tmp_path)
+
+
+# --- adapters that are deleted
+
+
+def caches() -> int:
+    gc.collect()
+    return sum(isinstance(thing, NormCache) for thing in gc.get_objects())
+
+
+def test_nothing_is_kept_of_adapters_that_peft_has_deleted():
+    model = accelerated(use_dora=True)
+    logits(model)
+    before = caches()
+    assert before
+    for name in ("one", "two"):
+        model.add_adapter(name, LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+        model.set_adapter(name)
+        logits(model)
+        assert caches() == 2 * before
+        model.set_adapter("default")
+        model.delete_adapter(name)
+        assert caches() == before
+    fastpeft.unpatch(model)
+    assert caches() == 0
+    assert not traces(model)

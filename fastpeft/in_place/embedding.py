@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastpeft.in_place.adapters import has_hooks, is_plain
@@ -69,5 +70,6 @@ def _with_adapter(
     c = None
     if module.lora_variant.get(name) is not None:
         m = module.lora_magnitude_vector[name].weight
-        c = embedding_row_scale(module.get_base_layer().weight, A, B, m, scaling, layer.norm_cache(name))
+        cache = None if torch.compiler.is_compiling() else layer.norm_cache(name)  # compiled code has none
+        c = embedding_row_scale(module.get_base_layer().weight, A, B, m, scaling, cache)
     return embedding_with_adapter(result, rows, B, scaling, embed_scale, c)

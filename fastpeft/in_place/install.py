@@ -100,6 +100,7 @@ def restore(model: nn.Module) -> None:
     """Give every layer PEFT's own forward back."""
     for _, layer in tuner_layers(model):
         if is_accelerated(layer):
+            layer.__dict__[LAYER_ATTRIBUTE].forget_norms()
             del layer.__dict__["forward"], layer.__dict__[LAYER_ATTRIBUTE]
             for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
                 unfollow(dropout)
@@ -181,11 +182,9 @@ def _install(layer: nn.Module, calls: Calls) -> None:
         return
     if not is_accelerated(layer):
         layer.__dict__["forward"] = functools.partial(forward, layer)
-        layer.__dict__[LAYER_ATTRIBUTE] = Layer(calls)
+        layer.__dict__[LAYER_ATTRIBUTE] = Layer(calls, layer)
     record: Layer = layer.__dict__[LAYER_ATTRIBUTE]
     record.calls = calls
-    for name in getattr(layer, "lora_magnitude_vector", ()):
-        record.norm_cache(name)  # there from the start: one that comes with the first call compiles it anew
     for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
         follow(dropout)
 

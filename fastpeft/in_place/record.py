@@ -17,6 +17,7 @@ from fastpeft.layers.norm_cache import NormCache
 Route = Literal["fused", "added", "base", "peft"]
 LAYER_ATTRIBUTE = "_fastpeft_layer"
 MODEL_ATTRIBUTE = "_fastpeft_in_place"
+_NORM_ATTRIBUTE = "_fastpeft_norm"
 
 
 @dataclass
@@ -42,18 +43,29 @@ class Calls:
 
 @dataclass
 class Layer:
-    """One accelerated module: the record of its model, and DoRA's row norms by adapter."""
+    """One accelerated module: the record of its model, and DoRA's row norms by adapter.
+
+    A norm's cache hangs on PEFT's module of the adapter's magnitude, so it goes when PEFT deletes the adapter.
+    """
 
     calls: Calls
+    module: nn.Module
     # (siblings, own name) where it may be computed together with others of its parent (fastpeft.blocks).
     siblings: Any = None
     # What the adapters' outputs are multiplied by for the moment (fastpeft.sparse.suppression).
     response: Tensor | None = None
-    norms: dict[str, NormCache] = field(default_factory=dict)
 
     def norm_cache(self, adapter: str) -> NormCache:
-        """Return the adapter's cache."""
-        cache = self.norms.get(adapter)
+        """Return the cache of a DoRA adapter's row norm."""
+        magnitudes: Any = self.module._modules["lora_magnitude_vector"]
+        holder: dict[str, Any] = magnitudes._modules[adapter].__dict__
+        cache: NormCache | None = holder.get(_NORM_ATTRIBUTE)
         if cache is None:
-            cache = self.norms[adapter] = NormCache()
+            cache = holder[_NORM_ATTRIBUTE] = NormCache()
         return cache
+
+    def forget_norms(self) -> None:
+        """Take the caches off PEFT's modules."""
+        magnitudes = self.module._modules.get("lora_magnitude_vector")
+        for magnitude in magnitudes.children() if magnitudes is not None else ():
+            magnitude.__dict__.pop(_NORM_ATTRIBUTE, None)

@@ -10,12 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import fastpeft
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.norm_cache import NormCache
+from fastpeft.methods.linears import adapter_layers
 from tests.models import llama, tokens
 
 
@@ -272,3 +274,42 @@ def test_nothing_is_kept_of_adapters_that_peft_has_deleted():
     fastpeft.unpatch(model)
     assert caches() == 0
     assert not traces(model)
+
+
+# --- parametrized adapters
+
+
+class Half(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 0.5
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora_A", "lora_B"])
+def test_a_parametrized_matrix_is_computed_and_trains(kind, use_dora):
+    model, other = (patched(use_dora=use_dora).eval() for _ in range(2))
+    for path, layer in adapter_layers(model):
+        register_parametrization(getattr(layer, kind), "default", Half())
+        with torch.no_grad():
+            getattr(other.get_submodule(path), kind)["default"].mul_(0.5)
+    for some in (model, other):
+        some(tokens(), labels=tokens()).loss.backward()
+    torch.testing.assert_close(logits(model), logits(other))
+    for path, layer in adapter_layers(model):
+        trained = getattr(layer, kind).parametrizations.default.original.grad
+        torch.testing.assert_close(trained, 0.5 * getattr(other.get_submodule(path), kind)["default"].grad)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(other))
+
+
+def test_a_parametrized_matrix_is_switched_on_and_off():
+    model = patched()
+    fastpeft.add_adapter(model, "two", fastpeft.LoRA(r=2))
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
+        register_parametrization(layer.lora_A, "default", Half())
+    for name in ("two", "default"):
+        fastpeft.set_adapter(model, name)
+        for layer in layers:
+            assert layer.lora_A.parametrizations.default.original.requires_grad == (name == "default")
+            assert layer.lora_A["two"].requires_grad == (name == "two")

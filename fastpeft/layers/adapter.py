@@ -9,7 +9,7 @@ adapter name, what an adapter's :class:`Spec` creates: for LoRA ``lora_A[name] [
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -285,7 +285,8 @@ class AdapterMixin(nn.Module):
         for name, spec in self.specs.items():
             for kind in spec.kinds:
                 trains = name in names and kind not in spec.frozen
-                getattr(self, kind)[name].requires_grad_(trains)
+                for leaf in self._leaves_of(kind, name):
+                    leaf.requires_grad_(trains)
 
     def adapters(self, names: Sequence[str] | None = None) -> list[Adapter]:
         """Return those adapters of these names (default: the active ones) that the layer has, of any rank."""
@@ -299,8 +300,17 @@ class AdapterMixin(nn.Module):
     def parameter_of(self, kind: str, name: str) -> Tensor:
         """Return ``layer.kind[name]``, past ParameterDict's own lookup, which takes 2 us."""
         held: Any = self._modules[kind]
-        parameter: Tensor = held._parameters[name]
+        registered: dict[str, Any] = held._parameters
+        # One with a parametrization (torch.nn.utils.parametrize) is computed when it is asked for.
+        parameter: Tensor = registered[name] if name in registered else held[name]
         return parameter
+
+    def _leaves_of(self, kind: str, name: str) -> Iterable[nn.Parameter]:
+        held: Any = self._modules[kind]
+        if (parameter := held._parameters.get(name)) is not None:
+            return (parameter,)
+        parameters: Iterable[nn.Parameter] = held.parametrizations[name].parameters()
+        return parameters
 
     def add_dropout(self, name: str, p: float) -> None:
         """Let an adapter drop elements of its input while the layer trains."""

@@ -18,6 +18,9 @@ from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.norm_cache import NormCache
 from fastpeft.methods.linears import adapter_layers
+from fastpeft.ops import cpu_gemm
+from fastpeft.sparse.states import Aside
+from fastpeft_kernels import launch
 from tests.models import llama, tokens
 
 
@@ -313,3 +316,55 @@ def test_a_parametrized_matrix_is_switched_on_and_off():
         for layer in layers:
             assert layer.lora_A.parametrizations.default.original.requires_grad == (name == "default")
             assert layer.lora_A["two"].requires_grad == (name == "two")
+
+
+# --- devices
+
+
+def test_counters_of_recorded_launches_are_their_own(monkeypatch):
+    x = torch.zeros(1)
+    kept = launch.counters(8, x)
+    assert launch.counters(8, x) is kept
+    monkeypatch.setattr(launch, "_is_recorded", lambda like: True)
+    kept.fill_(1)
+    recorded = launch.counters(8, x)
+    assert not recorded.any()
+    assert launch.counters(8, x).data_ptr() != recorded.data_ptr()
+    assert all(buffer.data_ptr() != recorded.data_ptr() for buffer in launch._COUNTERS.values())
+    kept.zero_()
+
+
+@pytest.mark.parametrize("read", ["get", "lend", "tensors"])
+def test_a_reader_of_offloaded_states_waits_for_their_copies(read, monkeypatch):
+    class Event:
+        waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    parameter = nn.Parameter(torch.zeros(2))
+    aside = Aside(torch.optim.AdamW([parameter]), "offload")
+    aside.put(parameter)
+    copy = Event()
+    aside._copying.append(copy)
+    getattr(aside, read)(*([parameter] if read == "get" else []))
+    assert copy.waited
+    assert not aside._copying
+
+
+def test_the_cpus_products_are_timed_on_the_cpu(monkeypatch):
+    real, seen = torch.mm, []
+
+    def mm(a: Tensor, b: Tensor) -> Tensor:
+        seen.extend([a.device.type, b.device.type, a.dtype])
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            cpu_gemm._least_seconds((torch.bfloat16, torch.float32), 1)
+    finally:
+        torch.set_default_dtype(default)
+    assert set(seen) == {"cpu", torch.bfloat16, torch.float32}

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,10 @@ def fp32_is_faster(dtype: torch.dtype) -> bool:
 def _least_seconds(dtypes: tuple[torch.dtype, ...], repeats: int = 10) -> list[float]:
     """Return, per dtype, the least time of a product of [256, 768] and [768, 768], taken in turns."""
     # Not random: the caller's generator must not move. Not constant: zeros multiply faster than data.
-    x = torch.linspace(-1.0, 1.0, 256 * 768).reshape(256, 768)
-    weight = torch.linspace(-1.0, 1.0, 768 * 768).reshape(768, 768)
+    # In fp32 on the CPU whatever the default device and dtype are.
+    on_cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    x = torch.linspace(-1.0, 1.0, 256 * 768, **on_cpu).reshape(256, 768)
+    weight = torch.linspace(-1.0, 1.0, 768 * 768, **on_cpu).reshape(768, 768)
     operands = [(x.to(dtype), weight.to(dtype).t()) for dtype in dtypes]
     least = [float("inf")] * len(dtypes)
     for turn in range(repeats + 1):

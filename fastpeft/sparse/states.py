@@ -19,6 +19,7 @@ class Aside:
         self._optimizer = optimizer
         self._policy = policy
         self._states: dict[nn.Parameter, State] = {}
+        self._copying: list[torch.cuda.Event] = []  # ends of copies to the host that nobody has waited for
 
     def put(self, parameter: nn.Parameter) -> None:
         """Take a parameter's state out of the optimiser's."""
@@ -27,6 +28,9 @@ class Aside:
             self._states[parameter] = state
         elif state and self._policy == "offload":
             self._states[parameter] = {key: _to_host(value) for key, value in state.items()}
+            # The device's own work follows the copies in its order; only a reader on the host has to wait.
+            devices = {v.device for v in state.values() if isinstance(v, Tensor) and v.is_cuda}
+            self._copying += [_event(device) for device in devices]
 
     def take(self, parameter: nn.Parameter) -> None:
         """Give a parameter's state back to the optimiser, on the parameter's device."""
@@ -36,10 +40,12 @@ class Aside:
 
     def get(self, parameter: nn.Parameter) -> State | None:
         """Return a parameter's state if it is here."""
+        self._wait()
         return self._states.get(parameter)
 
     def lend(self) -> None:
         """Put every state into the optimiser's for a moment: it is about to be written down."""
+        self._wait()
         for parameter, state in self._states.items():
             # Beside what others lend (fastpeft.allocation).
             self._optimizer.state[parameter] = {**self._optimizer.state.get(parameter, {}), **state}
@@ -52,10 +58,24 @@ class Aside:
     def forget(self) -> None:
         """Throw all away."""
         self._states.clear()
+        self._copying.clear()
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are kept aside."""
+        self._wait()
         return [v for state in self._states.values() for v in state.values() if isinstance(v, Tensor)]
+
+    def _wait(self) -> None:
+        for event in self._copying:
+            event.synchronize()
+        self._copying.clear()
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    """An event of everything that was given to the device's current stream so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _to_host(value: Any) -> Any:

@@ -25,7 +25,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 # Counters of unfinished splits, one buffer a device and stream: launches on one stream follow each other, and
-# every kernel leaves its counters at zero.
+# every kernel leaves its counters at zero. Not for launches that a CUDA graph records: zeroing a new buffer
+# would be recorded too, and not be done for an eager launch, or for another graph that is replayed first; and
+# graphs of one capture stream may run side by side. Those have zeros of their own, written at each replay, in
+# the graph's own memory.
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -33,11 +36,20 @@ def counters(count: int, like: Tensor) -> Tensor:
     """At least `count` int32 zeros on `like`'s device, for `finish.is_last`, which puts them back to zero."""
     if like.device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=like.device)
+    if _is_recorded(like):
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.device.type == "cuda" else 0
     key = (like.device, stream)
     if key not in _COUNTERS or _COUNTERS[key].numel() < count:
         _COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
     return _COUNTERS[key]
+
+
+def _is_recorded(like: Tensor) -> bool:
+    if like.device.type != "cuda":
+        return False
+    with on_device(like):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache

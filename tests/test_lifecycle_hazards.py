@@ -368,3 +368,31 @@ def test_the_cpus_products_are_timed_on_the_cpu(monkeypatch):
     finally:
         torch.set_default_dtype(default)
     assert set(seen) == {"cpu", torch.bfloat16, torch.float32}
+
+
+# --- torch's own fast path
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in-place"])
+def test_the_report_tells_of_the_fast_path_that_leaves_adapters_out(in_place):
+    names = ["linear1", "linear2"]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        plain = encoder(x)
+    if in_place:
+        model = fastpeft.patch(get_peft_model(encoder, LoraConfig(r=4, target_modules=names)))
+    else:
+        model = fastpeft.patch(encoder, fastpeft.LoRA(r=4, target_modules=tuple(names)))
+    warmed(model).eval()
+    lines = [line for line in str(fastpeft.report(model)).splitlines() if "fast path" in line]
+    assert len(lines) == 2
+    assert all("linear1, linear2" in line and "set_fastpath_enabled(False)" in line for line in lines)
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain)  # what the line is about
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert not torch.allclose(model(x), plain, atol=1e-2)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(was_enabled)

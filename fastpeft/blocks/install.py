@@ -68,6 +68,12 @@ def described(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield path, f"{name} is several linears in one already: one op reads its input once for all"
         adapted = [name for name, child in module._modules.items() if _is_adapted_linear(child)]
         yield from ((path, line) for line in on_their_own(module, adapted))
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+            yield (
+                path,
+                f"in evaluation without gradients torch's fast path leaves out the adapters of "
+                f"{', '.join(adapted)}, as it does PEFT's: torch.backends.mha.set_fastpath_enabled(False)",
+            )
 
 
 def _own_products(module: nn.Module, linears: dict[str, tuple[int, int]]) -> str | None:

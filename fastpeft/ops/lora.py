@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft import backend as backends
-from fastpeft.ops import kernel_paths
+from fastpeft.ops import kernel_paths, remade
 from fastpeft.ops._common import (
     autocast_inputs,
     cast,
@@ -314,7 +314,7 @@ class _LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         y, S = _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, seed)
+        remade.save(ctx, [x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, seed])
         ctx.set_materialize_grads(False)
         ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
         return y
@@ -326,7 +326,7 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * 9
         need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         need = (need_x, need_A, need_B, need_bias)
-        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, S, seed = remade.saved(ctx)
         scaling, p, backend, bias_dtype = ctx.options
         tensors = (dy, x, weight, lora_A, lora_B, S)
         if runs_eagerly(dy):

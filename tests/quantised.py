@@ -13,19 +13,25 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, Per
 from tests.models import llama
 
 
-def nf4(dtype: torch.dtype) -> nn.Module:
+def nf4(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> nn.Module:
     """4-bit normal floats, as QLoRA's."""
 
     def convert(linear: nn.Linear) -> nn.Module:
+        how = {"quant_type": "nf4", "quant_storage": storage}
         made = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, **how
         )
-        made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
         return made.to("cpu")
 
     model = _converted(dtype, convert)
     model.is_loaded_in_4bit = True
     return model
+
+
+def nf4_in_bf16(dtype: torch.dtype) -> nn.Module:
+    """The same bits, two numbers in what says it is one bf16: for FSDP, which wants one dtype in all."""
+    return nf4(dtype, torch.bfloat16)
 
 
 def int8(dtype: torch.dtype) -> nn.Module:
@@ -89,4 +95,10 @@ def _converted(dtype: torch.dtype, convert) -> nn.Module:
     return model.eval()
 
 
-KINDS = {"nf4": nf4, "int8": int8, "torchao-int8": torchao_int8, "torchao-int4": torchao_int4}
+KINDS = {
+    "nf4": nf4,
+    "nf4-in-bf16": nf4_in_bf16,
+    "int8": int8,
+    "torchao-int8": torchao_int8,
+    "torchao-int4": torchao_int4,
+}

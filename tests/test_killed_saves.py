@@ -103,7 +103,7 @@ def test_a_save_that_is_killed_before_any_of_its_file_operations(saver, tmp_path
         if end == "done":
             break
     assert now == kind
-    assert 15 < operation < 199
+    assert 10 < operation < 199
     assert seen == {0, kind} | ({"refused"} if other and "/" in other else set())
 
 

@@ -71,10 +71,10 @@ def _rebuild(kind: type[nn.Module]) -> AdapterMixin:
 def numbers_of(layer: Any) -> Tensor:
     """Return a linear's weight [out_features, in_features] as numbers; bitsandbytes' is packed."""
     weight: Any = layer.weight
-    if weight.is_floating_point() and weight.dim() == 2:
-        numbers = weight
-    elif (state := getattr(weight, "quant_state", None)) is not None:
+    if (state := getattr(weight, "quant_state", None)) is not None:  # stored in floats too, where so wished
         numbers = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)
+    elif weight.is_floating_point() and weight.dim() == 2:
+        numbers = weight
     else:
         scales = layer.state.SCB if layer.state.SCB is not None else weight.SCB
         numbers = weight.data.float() * (scales.to(weight.device).float() / 127.0)[:, None]

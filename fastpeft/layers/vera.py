@@ -20,7 +20,7 @@ from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.adapter import AdapterMixin, adapter_dtype
 from fastpeft.layers.kinds import shape_of
 from fastpeft.ops import remade
-from fastpeft.ops.eager import is_transformed, runs_eagerly
+from fastpeft.ops.eager import is_transformed
 
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
 
@@ -78,7 +78,7 @@ def scaled_b(b: Tensor, B: Tensor, d: Tensor) -> Tensor:
     if is_transformed():
         return b[:, None] * B * d
     product: Tensor = _ScaledB.apply(b, B, d)  # type: ignore[no-untyped-call]
-    if runs_eagerly(d):
+    if not torch.compiler.is_compiling():
         remade.mark(product, b, B, d)
     return product
 

@@ -30,6 +30,7 @@ from fastpeft.layers.subspace import CHILD, Slot, Subspace, move, move_back, slo
 from fastpeft.methods.method import PREFIX, Differences, Method, Plan
 from fastpeft.ops.subspace import Projection, tables
 from fastpeft.patch_report import ModuleReport
+from fastpeft.sharding import is_sharded
 from fastpeft.targets import left_out, listed, match_names, matches, repeated_blocks
 
 Kind = Literal["fastfood", "hashed"]
@@ -45,8 +46,8 @@ class IntrinsicDimension:
     step of it may round to nothing: W is rounded after the sum.
 
     Every forward computes W anew, and every backward: for inference call :func:`fastpeft.merge`, after which
-    the model costs what its base costs. ``torch.compile`` takes the ops whole; sharded weights (FSDP2) are
-    untried.
+    the model costs what its base costs. ``torch.compile`` takes the ops whole. Under FSDP2 the whole model must
+    be a group of its own too (``fully_shard(model)``), which keeps theta_d whole during forward and backward.
 
     Attributes:
         d: how many numbers train; with ``structure_aware`` the modules' scales are among them.
@@ -171,6 +172,8 @@ class IntrinsicDimensionMethod(Method):
         moved = list(_moved(model))
         if any(slot.is_merged for _, _, slot in moved):
             raise PatchError("merge: the model is merged; call fastpeft.unmerge(model) first")
+        if is_sharded(model.parameters()):
+            raise PatchError("merge: the parameters are sharded (FSDP2); save, and merge in one process")
         seen: set[int] = set()
         done: list[tuple[Slot, str, Tensor]] = []
         for path, module, slot in moved:

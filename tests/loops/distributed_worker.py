@@ -1,8 +1,8 @@
 """One rank of test_distributed.py, under torchrun: `distributed_worker.py FOLDER CASE...`.
 
 Trains a tiny Llama in two gloo processes, under DDP and under FSDP2, and beside each the same in this process
-alone on both ranks' batches: the losses must be the same. What FSDP2 saves is what one process saves: the same
-bytes before training, the same numbers to rounding after it.
+alone on both ranks' batches: the losses must be the same. What FSDP2 saves is what one process saves: the
+same bytes before training, the same numbers to rounding after it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A PEFT model accelerated in place, and a plain one, in transformers' Trainer and Accelerate: PEFT's losses."""
+"""PEFT models accelerated in place, and plain ones, in transformers' Trainer and Accelerate: PEFT's losses."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
 import tempfile
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -25,9 +27,14 @@ ways = pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "plai
 
 @pytest.fixture(autouse=True)
 def _quiet():
+    before = dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    # torch_compile=True leaves variables and a state by which Accelerate compiles whatever follows.
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(model, folder, *, steps: int = 4, resume: bool = False, **options) -> dict[str, list[float]]:
@@ -91,6 +98,15 @@ def assert_alike(found: dict[str, list[float]], expected: dict[str, list[float]]
         assert found[name] == pytest.approx(values, rel=rel), name
 
 
+def assert_alike_in_bf16(found: dict[str, list[float]], use_dora: bool, loop: str) -> None:
+    """Losses to rounding; the first gradient by the 2x rule, against that of fp32."""
+    expected, exact = pefts(use_dora, loop), pefts(use_dora, "plain")
+    for name in ("loss", "eval_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-2), name
+    right = exact["grad_norm"][0]
+    assert abs(found["grad_norm"][0] - right) <= 2 * abs(expected["grad_norm"][0] - right)
+
+
 @ways
 @methods
 @pytest.mark.parametrize("loop", LOOPS)
@@ -101,7 +117,10 @@ def test_losses_are_pefts(use_dora, in_place, loop, tmp_path):
     before = copy.deepcopy(model.state_dict())
     found = train(model, tmp_path, **LOOPS[loop])
     assert len(found["eval_loss"]) == (2 if "evaluation" in loop else 0)
-    assert_alike(found, pefts(use_dora, loop), 2e-2 if "bf16" in loop else 1e-3)
+    if "bf16" in loop:
+        assert_alike_in_bf16(found, use_dora, loop)
+    else:
+        assert_alike(found, pefts(use_dora, loop), 1e-3)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == trained

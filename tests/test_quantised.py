@@ -44,7 +44,8 @@ def with_scales(model):
     def restore(*_):
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if getattr(weight, "CB", None) is not None and weight.SCB is None:
+            is_base = hasattr(module, "init_8bit_state")
+            if is_base and weight.CB is not None and weight.SCB is None:
                 weight.SCB = module.state.SCB
 
     model.register_forward_pre_hook(restore)
@@ -176,3 +177,20 @@ def test_copies_are_whole(make):
     assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
     fastpeft.unpatch(twin)
     assert fastpeft.report(model).patched
+
+
+@kinds
+def test_what_would_write_to_the_base_refuses_or_leaves_it_alone(make):
+    model = make(torch.float32)
+    expected = logits(model)
+    with pytest.raises(fastpeft.PatchError, match="quantised"):
+        fastpeft.patch(model, fastpeft.LoRA(r=2, target_modules=TARGETS, init_lora_weights="pissa"))
+    fastpeft.patch(model, fastpeft.IntrinsicDimension(d=20))
+    assert torch.equal(logits(model), expected)
+    moved = [path for path, module in model.named_modules() if type(module).__name__.startswith("Subspace")]
+    assert moved
+    assert not any("proj" in path for path in moved)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    fastpeft.unpatch(model)
+    assert torch.equal(logits(model), expected)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastpeft import fields
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
-from fastpeft.layers.kinds import is_linear_like
+from fastpeft.layers.kinds import is_linear_like, is_quantised
 from fastpeft.layers.subspace import CHILD, Slot, Subspace, move, move_back, slot_of
 from fastpeft.methods.method import PREFIX, Differences, Method, Plan
 from fastpeft.ops.subspace import Projection, tables
@@ -274,7 +274,7 @@ def _owners(
         if not _is_meant(config, path, module):
             continue
         kind = type(module).__name__
-        names = [n for n, p in own.items() if p.is_floating_point() and p.element_size() > 1 and p.numel()]
+        names = [n for n, p in own.items() if not is_quantised(p) and p.element_size() > 1 and p.numel()]
         reason = left_out(path, blocks, config)
         if isinstance(module, nn.RNNBase):
             reason = reason or "keeps its weights in a list of its own"

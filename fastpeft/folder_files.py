@@ -141,7 +141,7 @@ def _put_both(scratch: Path, path: Path) -> None:
 
 
 def _pending(scratch: Path) -> Path | None:
-    """The configuration of the weights in place, where a save was killed while it stood in the scratch one."""
+    """The configuration of the weights in place, where a save was killed while it was in the scratch one."""
     is_replaced = not (scratch / WEIGHTS_NAME).exists()
     file = scratch / (CONFIG_NAME if is_replaced else _OLD_CONFIG)
     return file if file.exists() else None

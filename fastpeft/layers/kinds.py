@@ -74,7 +74,7 @@ def is_conv1d_like(module: nn.Module) -> bool:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is not stored as its numbers: torchao's, or bitsandbytes', packed into floats or not."""
+    """Whether a weight is not stored as its numbers: torchao's, or bitsandbytes', packed in floats or not."""
     if not weight.is_floating_point() or type(weight).__module__.startswith("torchao."):
         return True
     return getattr(weight, "quant_state", None) is not None

@@ -46,8 +46,8 @@ class IntrinsicDimension:
     step of it may round to nothing: W is rounded after the sum.
 
     Every forward computes W anew, and every backward: for inference call :func:`fastpeft.merge`, after which
-    the model costs what its base costs. ``torch.compile`` takes the ops whole. Under FSDP2 the whole model must
-    be a group of its own too (``fully_shard(model)``), which keeps theta_d whole during forward and backward.
+    the model costs what its base costs. ``torch.compile`` takes the ops whole. Under FSDP2 the whole model
+    must be a group too (``fully_shard(model)``), which keeps theta_d whole during forward and backward.
 
     Attributes:
         d: how many numbers train; with ``structure_aware`` the modules' scales are among them.

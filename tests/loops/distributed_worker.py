@@ -45,9 +45,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "dora-in-place": lambda: in_place(True),
     "vera": plain(fastpeft.VeRA(r=6, init_weights=False, target_modules="all-linear")),
     "fastfood": plain(fastpeft.IntrinsicDimension(d=50)),
-    "hashed-scales": plain(
-        fastpeft.IntrinsicDimension(d=50, projection="hashed", structure_aware=True)
-    ),
+    "hashed-scales": plain(fastpeft.IntrinsicDimension(d=50, projection="hashed", structure_aware=True)),
 }
 
 

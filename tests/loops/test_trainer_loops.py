@@ -1,4 +1,4 @@
-"""PEFT models accelerated in place, and plain ones, in transformers' Trainer and Accelerate: PEFT's losses."""
+"""PEFT models accelerated in place and plain ones in transformers' Trainer and Accelerate: PEFT's losses."""
 
 from __future__ import annotations
 

@@ -1,15 +1,23 @@
 """The two files of an adapter folder: written so that no crash leaves half of an adapter, read as if hostile.
 
-Writing: both files are made in a scratch folder inside, flushed to the disk, and renamed, the weights first.
-A process that is killed before leaves the old adapter; one that is killed between the two renames leaves the
-new weights, and the new configuration still in the scratch folder, where reading finds it and the next save
-puts it in its place. So a folder always holds one adapter whole, the old one or the new one.
+Writing: the files are made in a scratch folder inside and flushed to the disk. Then
+
+- where the configuration stays, as in a training's every save but the first, the weights alone are renamed;
+- where it changes, the folder changes places with one that holds both new files (:mod:`fastpeft.exchange`);
+- where that cannot be, the old configuration goes into the scratch folder, the new weights take their place,
+  then the new configuration. Until then PEFT finds no configuration and refuses the folder; reading here
+  finds the one that belongs to the weights, and the next save puts it in its place.
+
+So a folder holds one adapter whole after a kill at any moment, the old one or the new one, and nobody reads
+the weights of the one with the configuration of the other.
 
 Reading: only regular files of sane size, JSON and safetensors. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -23,11 +31,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastpeft import exchange
 from fastpeft.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _SCRATCH = ".saving-"
+_OLD_CONFIG = "old_config.json"  # in a scratch folder: that of the weights that are still in their place
 _LARGEST_CONFIG = 16 * 2**20  # bytes; PEFT's are a few thousand
 T = TypeVar("T")
 
@@ -44,15 +54,18 @@ def write(path: Path, tensors: dict[str, Tensor], config: str) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=path))
         try:
             save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
-            (scratch / CONFIG_NAME).write_text(config, encoding="utf-8")
-            for file in (scratch / WEIGHTS_NAME, scratch / CONFIG_NAME, scratch):
-                flush(file)
-            (scratch / WEIGHTS_NAME).replace(path / WEIGHTS_NAME)
-            (scratch / CONFIG_NAME).replace(path / CONFIG_NAME)
+            flush(scratch / WEIGHTS_NAME)
+            if _holds(path / CONFIG_NAME, config):
+                (scratch / WEIGHTS_NAME).replace(path / WEIGHTS_NAME)
+            else:
+                (scratch / CONFIG_NAME).write_text(config, encoding="utf-8")
+                flush(scratch / CONFIG_NAME)
+                flush(scratch)
+                _put_both(scratch, path)
             flush(path)
         finally:
-            if not _is_between_renames(scratch):
-                _discard(scratch)
+            with contextlib.suppress(OSError):  # the scratch folder stays, and reading finds what it holds
+                _settle(scratch, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"save: cannot write to {path}: {error}") from error
 
@@ -66,8 +79,7 @@ def read_config(path: Path) -> dict[str, object]:
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise CheckpointError(f"load: {path} {what}; expected a folder with {CONFIG_NAME}")
-    interrupted = _interrupted(path)
-    file = path / CONFIG_NAME if interrupted is None else interrupted / CONFIG_NAME
+    file = next(filter(None, map(_pending, _scratches(path))), path / CONFIG_NAME)
     if _is_regular(file) and file.stat().st_size > _LARGEST_CONFIG:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, expected at most {_LARGEST_CONFIG:,}")
     content = _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
@@ -109,24 +121,51 @@ def _is_regular(file: Path) -> bool:
     return file.exists() and stat.S_ISREG(file.stat().st_mode)
 
 
-def _is_between_renames(scratch: Path) -> bool:
-    return (scratch / CONFIG_NAME).exists() and not (scratch / WEIGHTS_NAME).exists()
+def _holds(file: Path, text: str) -> bool:
+    content = text.encode()
+    return _is_regular(file) and file.stat().st_size == len(content) and file.read_bytes() == content
 
 
-def _interrupted(path: Path) -> Path | None:
-    """The scratch folder of a save that was killed between its two renames."""
-    return next((s for s in sorted(path.glob(f"{_SCRATCH}*")) if _is_between_renames(s)), None)
+def _put_both(scratch: Path, path: Path) -> None:
+    """Replace both files; without a configuration there is no adapter yet that a kill could leave whole."""
+    has_adapter = (path / CONFIG_NAME).exists()
+    if has_adapter and exchange.put_in_place(scratch, path, (WEIGHTS_NAME, CONFIG_NAME), _beside(path)):
+        flush(path.resolve().parent)
+        return
+    if has_adapter:
+        (path / CONFIG_NAME).replace(scratch / _OLD_CONFIG)
+        flush(path)  # a crash of the machine, too, finds these three in their order
+    (scratch / WEIGHTS_NAME).replace(path / WEIGHTS_NAME)
+    flush(path)
+    (scratch / CONFIG_NAME).replace(path / CONFIG_NAME)
+
+
+def _pending(scratch: Path) -> Path | None:
+    """The configuration of the weights in place, where a save was killed while it was in the scratch one."""
+    is_replaced = not (scratch / WEIGHTS_NAME).exists()
+    file = scratch / (CONFIG_NAME if is_replaced else _OLD_CONFIG)
+    return file if file.exists() else None
+
+
+def _scratches(path: Path) -> list[Path]:
+    return sorted(path.glob(f"{_SCRATCH}*"))
+
+
+def _beside(path: Path) -> str:
+    return f"{_SCRATCH}{path.resolve().name}-"
 
 
 def _finish_interrupted(path: Path) -> None:
     """Put the configuration of an interrupted save in its place, and clear away what others left."""
-    if (scratch := _interrupted(path)) is not None:
-        (scratch / CONFIG_NAME).replace(path / CONFIG_NAME)
-    for leftover in path.glob(f"{_SCRATCH}*"):
-        _discard(leftover)
+    for scratch in _scratches(path):
+        _settle(scratch, path)
+    for leftover in path.resolve().parent.glob(f"{glob.escape(_beside(path))}{'[0-9a-f]' * 16}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _discard(scratch: Path) -> None:
+def _settle(scratch: Path, path: Path) -> None:
+    if (config := _pending(scratch)) is not None:
+        config.replace(path / CONFIG_NAME)
     # The configuration first: one without weights is what an interrupted save looks like.
     (scratch / CONFIG_NAME).unlink(missing_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -26,6 +26,7 @@ from fastpeft.in_place.record import Layer
 from fastpeft.layers.adapted import Adapter, Base, added_linear, fused_linear, suppressed
 from fastpeft.layers.kinds import is_conv1d
 from fastpeft.layers.rows import added_by_row
+from fastpeft.layers.subclass import numbers_of
 from fastpeft.ops._common import autocast_is_on
 from fastpeft.ops.probability import is_dropping
 
@@ -144,7 +145,11 @@ def _base(module: Any) -> Base:
 def base_weight(module: Any) -> Tensor:
     """Return the weight [out_features, in_features] below a PEFT layer's adapters, as numbers."""
     inner = module.get_base_layer()
-    # By PEFT's own way for every kind of quantisation.
+    if type(inner.weight).__name__ in ("Params4bit", "Int8Params"):
+        # Not by PEFT's way, which puts another Parameter into the layer: on a CPU an int8 one without its
+        # scales, so that the next forward fails.
+        return numbers_of(inner)
+    # By PEFT's own way for every other kind of quantisation.
     numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
     return numbers.t() if is_conv1d(inner) else numbers
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastpeft.errors import ConfigError
 from fastpeft.instruments.effective import adapted_weights
+from fastpeft.layers.kinds import is_quantised
 from fastpeft.layers.subclass import numbers_of
 from fastpeft.ops._common import accumulation_dtype
 from fastpeft.ops.row_norm import row_norm_squared
@@ -108,7 +109,7 @@ class WeightNorms:
 
 def _squared(parameter: Tensor, module: nn.Module) -> Tensor:
     """The sum of a parameter's squares in fp64, on its device."""
-    numbers = parameter if parameter.is_floating_point() else numbers_of(module)
+    numbers = numbers_of(module) if is_quantised(parameter) else parameter
     if numbers.dim() == 2:
         return row_norm_squared(numbers).double().sum()
     norm: Tensor = torch.linalg.vector_norm(numbers, dtype=accumulation_dtype(numbers.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.layers.adapter import AdapterMixin
@@ -71,3 +71,10 @@ def is_conv1d_like(module: nn.Module) -> bool:
     """Whether a module is a Conv1D or made from one."""
     owner = sys.modules.get("transformers.pytorch_utils")
     return owner is not None and isinstance(module, owner.Conv1D)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is not stored as its numbers: torchao's, or bitsandbytes', packed in floats or not."""
+    if not weight.is_floating_point() or type(weight).__module__.startswith("torchao."):
+        return True
+    return getattr(weight, "quant_state", None) is not None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.embedding import EmbeddingMixin
+from fastpeft.layers.kinds import is_quantised
 from fastpeft.layers.linear import LinearMixin
 
 
@@ -45,7 +46,7 @@ class _SubclassLinear(_OwnForward, LinearMixin):
 
     def can_merge(self) -> bool:
         """Whether the weight can take an update: a quantised one would round it away."""
-        return self.weight.is_floating_point()
+        return not is_quantised(self.weight)
 
 
 class _SubclassEmbedding(_OwnForward, EmbeddingMixin):
@@ -71,10 +72,12 @@ def _rebuild(kind: type[nn.Module]) -> AdapterMixin:
 def numbers_of(layer: Any) -> Tensor:
     """Return a linear's weight [out_features, in_features] as numbers; bitsandbytes' is packed."""
     weight: Any = layer.weight
-    if weight.is_floating_point() and weight.dim() == 2:
-        numbers = weight
-    elif (state := getattr(weight, "quant_state", None)) is not None:
+    if (state := getattr(weight, "quant_state", None)) is not None:  # stored in floats too, where so wished
         numbers = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)
+    elif type(weight).__module__.startswith("torchao."):
+        numbers = weight.dequantize()
+    elif weight.is_floating_point() and weight.dim() == 2:
+        numbers = weight
     else:
         scales = layer.state.SCB if layer.state.SCB is not None else weight.SCB
         numbers = weight.data.float() * (scales.to(weight.device).float() / 127.0)[:, None]

@@ -20,6 +20,7 @@ from fastpeft.ops.subspace import Projection, coordinates
 from fastpeft.ops.subspace_embedding import subspace_embedding
 from fastpeft.ops.subspace_linear import subspace_linear
 from fastpeft.ops.subspace_weight import subspace_weight
+from fastpeft.sharding import is_sharded
 
 CHILD = "subspace"  # its name in the model
 _SLOT = "_fastpeft_subspace"
@@ -198,8 +199,8 @@ def _made(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 def _computed(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter, slot = module._parameters[name], slot_of(module)
-        if parameter is None or slot is None or slot.is_off:
-            return parameter
+        if parameter is None or slot is None or slot.is_off or is_sharded([parameter]):
+            return parameter  # a shard is what FSDP2 reads; in forward it puts the whole weight there
         return slot.added(name, parameter)
 
     return property(read)

@@ -4,7 +4,7 @@
 
 with A [r, in] and B [out, r] frozen, cut out of one pair that is as large as the largest layer. It is LoRA
 with ``lora_B = b B d`` ([out, r], made anew at each call from the vectors), so it goes through the same ops,
-blocks and merges; since A is frozen, no input is kept for it.
+blocks and merges; since A is frozen, no input is kept for it, and of ``lora_B`` its factors alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastpeft.layers.adapted import Adapter
 from fastpeft.layers.adapter import AdapterMixin, adapter_dtype
 from fastpeft.layers.kinds import shape_of
+from fastpeft.ops import remade
 from fastpeft.ops.eager import is_transformed
 
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -57,7 +58,7 @@ class _ScaledB(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, b: Tensor, B: Tensor, d: Tensor) -> Tensor:
         ctx.save_for_backward(b, B, d)
-        return (b[:, None] * B).mul_(d)
+        return remade.scaled(b, B, d)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,7 +68,7 @@ class _ScaledB(torch.autograd.Function):
 
 
 def scaled_b(b: Tensor, B: Tensor, d: Tensor) -> Tensor:
-    """Return ``diag(b) B diag(d)``.
+    """Return ``diag(b) B diag(d)``, which ops keep for backward as its factors (:mod:`fastpeft.ops.remade`).
 
     Args:
         b: [out_features].
@@ -76,7 +77,10 @@ def scaled_b(b: Tensor, B: Tensor, d: Tensor) -> Tensor:
     """
     if is_transformed():
         return b[:, None] * B * d
-    return _ScaledB.apply(b, B, d)  # type: ignore[no-any-return, no-untyped-call]
+    product: Tensor = _ScaledB.apply(b, B, d)  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling():
+        remade.mark(product, b, B, d)
+    return product
 
 
 @dataclass(frozen=True, kw_only=True)

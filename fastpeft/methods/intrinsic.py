@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from fastpeft import fields
 from fastpeft.errors import CheckpointError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
-from fastpeft.layers.kinds import is_linear_like
+from fastpeft.layers.kinds import is_linear_like, is_quantised
 from fastpeft.layers.subspace import CHILD, Slot, Subspace, move, move_back, slot_of
 from fastpeft.methods.method import PREFIX, Differences, Method, Plan
 from fastpeft.ops.subspace import Projection, tables
 from fastpeft.patch_report import ModuleReport
+from fastpeft.sharding import is_sharded
 from fastpeft.targets import left_out, listed, match_names, matches, repeated_blocks
 
 Kind = Literal["fastfood", "hashed"]
@@ -45,8 +46,8 @@ class IntrinsicDimension:
     step of it may round to nothing: W is rounded after the sum.
 
     Every forward computes W anew, and every backward: for inference call :func:`fastpeft.merge`, after which
-    the model costs what its base costs. ``torch.compile`` takes the ops whole; sharded weights (FSDP2) are
-    untried.
+    the model costs what its base costs. ``torch.compile`` takes the ops whole. Under FSDP2 the whole model
+    must be a group too (``fully_shard(model)``), which keeps theta_d whole during forward and backward.
 
     Attributes:
         d: how many numbers train; with ``structure_aware`` the modules' scales are among them.
@@ -175,6 +176,8 @@ class IntrinsicDimensionMethod(Method):
         moved = list(_moved(model))
         if any(slot.is_merged for _, _, slot in moved):
             raise PatchError("merge: the model is merged; call fastpeft.unmerge(model) first")
+        if is_sharded(model.parameters()):
+            raise PatchError("merge: the parameters are sharded (FSDP2); save, and merge in one process")
         seen: set[int] = set()
         done: list[tuple[Slot, str, Tensor]] = []
         for path, module, slot in moved:
@@ -275,7 +278,7 @@ def _owners(
         if not _is_meant(config, path, module):
             continue
         kind = type(module).__name__
-        names = [n for n, p in own.items() if p.is_floating_point() and p.element_size() > 1 and p.numel()]
+        names = [n for n, p in own.items() if not is_quantised(p) and p.element_size() > 1 and p.numel()]
         reason = left_out(path, blocks, config)
         if isinstance(module, nn.RNNBase):
             reason = reason or "keeps its weights in a list of its own"

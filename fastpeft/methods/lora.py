@@ -20,6 +20,7 @@ from fastpeft.config import NOT_IN_FILES, LoRA
 from fastpeft.errors import CheckpointError, ConfigError, PatchError
 from fastpeft.folder_files import CONFIG_NAME, WEIGHTS_NAME
 from fastpeft.layers.adapter import AdapterSpec, Spec
+from fastpeft.layers.kinds import is_quantised
 from fastpeft.methods.linears import LinearMethod, adapter_layers, is_transposed, target_names, tied_to
 from fastpeft.methods.method import PREFIX, Differences
 from fastpeft.targets import listed, shown_lines
@@ -183,7 +184,7 @@ def _refuse_fixed(model: nn.Module, config: LoRA, targets: Mapping[str, nn.Modul
     linears = [path for path, module in targets.items() if not isinstance(module, nn.Embedding)]
     for path in linears:
         weight: Any = targets[path].weight
-        if not weight.is_floating_point() or type(weight).__module__.startswith("torchao"):
+        if is_quantised(weight):
             raise PatchError(f"{path}: {how}, and this one is quantised")
     for path, others in tied_to(model, linears):
         raise PatchError(f"{path}: {how}, and this one is tied to {listed(others)}; leave it out")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastpeft import backend as backends
 from fastpeft.errors import ConfigError, ShapeError
-from fastpeft.ops import block_kernels, gated_mlp_torch, packed
+from fastpeft.ops import block_kernels, gated_mlp_torch, packed, remade
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
@@ -303,7 +303,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         kept[2] = y
     g_u = (g, u) if down.x or down.A else (None, None)
     x = x if gate.A or up.A else None
-    ctx.save_for_backward(S, S_down, x, *g_u, live_p, seeds, *kept, *tensors)
+    remade.save(ctx, [S, S_down, x, *g_u, live_p, seeds, *kept, *tensors])
     ctx.set_materialize_grads(False)
     ctx.options = (need, layout, complete, scalings, activation, dropout_p, backend)
 
@@ -318,7 +318,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     need, layout, complete, scalings, activation, dropout_p, backend = ctx.options
     if (dy := grads[0]) is None:
         return None, packed.no_gradients(layout), *(None,) * 8
-    S, S_down, x, g, u, live_p, seeds, *rest = ctx.saved_tensors
+    S, S_down, x, g, u, live_p, seeds, *rest = remade.saved(ctx)
     kept, tensors = rest[:3], rest[3:]
     gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.gated_mlp_backward
     gradients = gradients_of(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft import backend as backends
-from fastpeft.ops import kernel_paths
+from fastpeft.ops import kernel_paths, remade
 from fastpeft.ops._common import (
     autocast_inputs,
     cast,
@@ -276,7 +276,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, lora_A, lora_B, scaling, dropout_p, live_p, seed, backend = inputs
     S = output[1]
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, live_p, seed)
+    x = x if ctx.needs_input_grad[3] else None
+    remade.save(ctx, [x, weight, lora_A, lora_B, S, live_p, seed])
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
     ctx.mark_non_differentiable(S)
@@ -286,7 +287,7 @@ def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | N
     x_grad, _, bias_grad, A_grad, B_grad = ctx.needs_input_grad[:5]
     if dy is None:
         return (None,) * 10
-    x, weight, lora_A, lora_B, S, live_p, seed = ctx.saved_tensors
+    x, weight, lora_A, lora_B, S, live_p, seed = remade.saved(ctx)
     scaling, dropout_p, backend, bias_dtype = ctx.options
     need = [x_grad, A_grad, B_grad, bias_grad]
     inputs = (dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, live_p, seed, backend, need, bias_dtype)
@@ -333,7 +334,7 @@ class _LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         y, S = _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, seed)
+        remade.save(ctx, [x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, S, seed])
         ctx.set_materialize_grads(False)
         ctx.options = (scaling, dropout_p, backend, None if bias is None else bias.dtype)
         return y
@@ -345,7 +346,7 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * 9
         need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         need = (need_x, need_A, need_B, need_bias)
-        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, S, seed = remade.saved(ctx)
         scaling, p, backend, bias_dtype = ctx.options
         tensors = (dy, x, weight, lora_A, lora_B, S)
         if runs_eagerly(dy):

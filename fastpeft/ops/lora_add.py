@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
-from fastpeft.ops import few_tokens, kernel_paths
+from fastpeft.ops import few_tokens, kernel_paths, remade
 from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_is_on,
@@ -315,7 +315,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], S: Tensor) -> None:
     _, x, lora_A, lora_B, scaling, dropout_p, live_p, seed, backend = inputs
     need_A = ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if need_A else None, lora_A, lora_B, S, live_p, seed)
+    remade.save(ctx, [x if need_A else None, lora_A, lora_B, S, live_p, seed])
     ctx.set_materialize_grads(False)
     ctx.options = (scaling, dropout_p, backend)
 
@@ -329,7 +329,7 @@ def _backward(ctx: Any, dy: Tensor | None, _dS: None = None) -> tuple[Tensor | N
     base_grad, x_grad, A_grad, B_grad = ctx.needs_input_grad[:4]
     if dy is None:
         return (None,) * 9
-    x, lora_A, lora_B, S, live_p, seed = ctx.saved_tensors
+    x, lora_A, lora_B, S, live_p, seed = remade.saved(ctx)
     scaling, dropout_p, backend = ctx.options
     need = [x_grad, A_grad, B_grad]
     gradients_of = _gradients_op if runs_eagerly(dy) else torch.ops.fastpeft.lora_add_backward

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
-from fastpeft.ops import block_kernels, packed, stacked_torch
+from fastpeft.ops import block_kernels, packed, remade, stacked_torch
 from fastpeft.ops import projections as linears
 from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
@@ -236,7 +236,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, complete = packed.add_norms(tensors, layout, rest)
     zs = [next(rest) if z_is_kept else None for z_is_kept in packed.keep_z(layout)]
     kept = [(y if z is None else z) if n.dot else None for y, z, n in zip(ys, zs, needs, strict=True)]
-    ctx.save_for_backward(S, x if any(n.A for n in needs) else None, live_p, seeds, *kept, *tensors)
+    remade.save(ctx, [S, x if any(n.A for n in needs) else None, live_p, seeds, *kept, *tensors])
     ctx.set_materialize_grads(False)
     ctx.options = (need, layout, complete, scalings, dropout_p, backend)
 
@@ -249,7 +249,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return dx and, as a list, the gradients of the packed tensors, then None for everything else."""
     need, layout, complete, scalings, dropout_p, backend = ctx.options
-    S, x, live_p, seeds, *rest = ctx.saved_tensors
+    S, x, live_p, seeds, *rest = remade.saved(ctx)
     kept, tensors = rest[: len(layout)], rest[len(layout) :]
     dys = _filled(grads[: len(layout)], packed.unpack(tensors, complete, scalings))
     if dys is None:

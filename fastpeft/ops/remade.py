@@ -1,0 +1,46 @@
+"""Operands that are products of smaller ones: kept for backward as their factors, and made anew there.
+
+For VeRA's ``diag(b) B diag(d)`` [out_features, r]: b and d are Parameters and B is shared by all layers, so
+that nothing is kept. An op that may be given such an operand saves with :func:`save` and reads with
+:func:`saved`; anything else is saved as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+_FACTORS = "_fastpeft_factors"
+
+
+def scaled(b: Tensor, B: Tensor, d: Tensor) -> Tensor:
+    """Return ``diag(b) B diag(d)``."""
+    return (b[:, None] * B).mul_(d)
+
+
+def mark(product: Tensor, b: Tensor, B: Tensor, d: Tensor) -> None:
+    """Say of which factors :func:`scaled` made a tensor; it must not be written to."""
+    setattr(product, _FACTORS, (b, B, d))
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """``ctx.save_for_backward`` of tensors, with the factors for those that have some."""
+    flat: list[Tensor | None] = []
+    places = []
+    for place, tensor in enumerate(tensors):
+        factors = getattr(tensor, _FACTORS, None)
+        if factors is not None:
+            places.append(place)
+        flat += [tensor] if factors is None else factors
+    ctx.save_for_backward(*flat)
+    ctx.remade = places
+
+
+def saved(ctx: Any) -> list[Any]:
+    """Return what :func:`save` was given."""
+    tensors = list(ctx.saved_tensors)
+    for place in ctx.remade:
+        tensors[place : place + 3] = [scaled(*tensors[place : place + 3])]
+    return tensors

@@ -27,7 +27,6 @@ from fastpeft.layers.adapted import Adapter, Base, added_linear, fused_linear, s
 from fastpeft.layers.kinds import is_conv1d
 from fastpeft.layers.rows import added_by_row
 from fastpeft.ops._common import autocast_is_on
-from fastpeft.ops.probability import is_dropping
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -106,10 +105,8 @@ def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) ->
         problem = adapter if isinstance(adapter, str) else unfit(module, x, [adapter])
         if isinstance(adapter, str) or problem is not None:
             return _peft(module, str(problem), x, **kwargs)
-        if is_dropping(adapter.dropout_p) or adapter.bias is not None or x.dim() > 3:
-            return _peft(
-                module, "rows of their own adapters with dropout, lora_bias or more axes", x, **kwargs
-            )
+        if adapter.bias is not None or x.dim() > 3:
+            return _peft(module, "rows of their own adapters with lora_bias or more axes", x, **kwargs)
         adapters.append(adapter)
     result: Tensor = module.base_layer(x)
     module._fastpeft_layer.calls.count("added" if adapters else "base")
@@ -118,7 +115,7 @@ def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) ->
         offsets = kwargs.get("alora_offsets") or [0] * len(names)
         pairs = zip(names, offsets, strict=True)
         last = [int(offset or 0) if is_activated(module, name) else None for name, offset in pairs]
-    return added_by_row(result, x, names, adapters, _base(module), last)
+    return added_by_row(result, x, names, adapters, _base(module), last, drops=True)
 
 
 def _peft(module: Any, reason: str, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastpeft.errors import ShapeError
 from fastpeft.layers.adapted import Adapter, Base
 from fastpeft.ops._common import accumulation_dtype
+from fastpeft.ops.probability import dropped, is_dropping
 from fastpeft.ops.row_norm import row_norm, row_norm_squared, row_scale
 
 
@@ -25,12 +26,14 @@ def added_by_row(
     adapters: Sequence[Adapter],
     base: Base,
     last: Sequence[int | None] | None = None,
+    drops: bool = False,
 ) -> Tensor:
     """Return ``result`` [rows, ..., out_features] with each row's adapter of x [rows, ..., in_features].
 
-    A name that is none of ``adapters`` leaves its rows as they are. Dropout plays no part: mixed batches are
-    for inference. ``last`` is, for each row, how many of its last tokens have the adapter, None for all; for
-    LoRA and x of [rows, in_features] or [rows, tokens, in_features].
+    A name that is none of ``adapters`` leaves its rows as they are. ``last``: for each row, how many of its
+    last tokens have the adapter, None for all; for LoRA and x of [rows, in_features] or [rows, tokens,
+    in_features]. ``drops``: whether the adapters' dropout counts, for LoRA alone, as PEFT trains activated
+    LoRA; other mixed batches are for inference.
 
     Raises:
         ShapeError: there is not one name for each row.
@@ -48,6 +51,10 @@ def added_by_row(
     ]
     chosen = torch.tensor(index, device=x.device)
     shape = (-1, *[1] * (x.dim() - 1))
+    if drops:
+        for i, a in enumerate(used):
+            if is_dropping(a.dropout_p):
+                x = torch.where((chosen == i).view(shape), dropped(x, a.dropout_p), x)
     owner = torch.cat([torch.full((a.lora_A.shape[0],), i) for i, a in enumerate(used)]).to(x.device)
     S = x @ torch.cat([a.lora_A for a in used]).to(x.dtype).t()
     S = S * (owner == chosen.view(shape)).to(S.dtype)

@@ -141,8 +141,10 @@ def _base(module: Any) -> Base:
 def base_weight(module: Any) -> Tensor:
     """Return the weight [out_features, in_features] below a PEFT layer's adapters, as numbers."""
     inner = module.get_base_layer()
-    # By PEFT's own way for every kind of quantisation.
-    numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
+    if (type(inner) is nn.Linear or is_conv1d(inner)) and is_plain(inner.weight):
+        numbers: Tensor = inner.weight
+    else:  # by PEFT's own way for every kind of quantisation, which torch.compile cannot trace
+        numbers = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
     return numbers.t() if is_conv1d(inner) else numbers
 
 

@@ -95,6 +95,7 @@ def both(untouched, change=nothing):
     """An accelerated copy and the model itself, both changed after the patch."""
     patched = fastpeft.patch(copy.deepcopy(untouched))
     for model in (patched, untouched):
+        torch.manual_seed(4)
         change(model)
     return patched, untouched
 
@@ -185,9 +186,9 @@ def test_dtensors():
     try:
         mesh = init_device_mesh("cpu", (1,))
         patched, untouched = both(peft_model(**TARGETS), spread)
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(5))
         with torch.no_grad(), implicit_replication():
-            found = [model(tokens()).logits for model in (patched, untouched)]
-        found = [y.full_tensor() if hasattr(y, "full_tensor") else y for y in found]
+            found = [[layer(x).full_tensor() for layer in layers(m)] for m in (patched, untouched)]
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(*found)
@@ -258,7 +259,11 @@ def test_arrow_routes_with_pefts_forward(tmp_path):
         peft_model(seed=i, target_modules=["q_proj", "v_proj"]).save_pretrained(paths[-1])
     untouched = create_arrow_model(llama(), paths, ArrowConfig(top_k=2)).eval()
     patched = fastpeft.patch(copy.deepcopy(untouched))
-    torch.testing.assert_close(logits(patched), logits(untouched))
+    found = []
+    for model in (patched, untouched):
+        torch.manual_seed(6)  # the first call finds the routes, by chance
+        found.append(logits(model))
+    torch.testing.assert_close(*found)
     assert fastpeft.report(patched).reasons == {"variant ArrowLinear": 4}
     for model in (patched, untouched):
         model.set_adapter("task_1")

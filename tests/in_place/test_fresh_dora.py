@@ -31,7 +31,9 @@ class Together(nn.Module):
 
 
 def fresh(model: nn.Module, **options) -> nn.Module:
-    return get_peft_model(model, LoraConfig(use_dora=True, target_modules="all-linear", r=4, **options))
+    config = LoraConfig(use_dora=True, target_modules="all-linear", r=4, **options)
+    # In the base's dtype, in which plain PyTorch is then measured.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def make(kind: str) -> nn.Module:

@@ -197,7 +197,7 @@ def test_dtensors():
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_a_part_of_an_embedding_s_adapter(use_dora):
-    """Columns of A for the first half of the ids, as of a vocabulary in parts: PEFT looks them up all the same."""
+    """Columns of A for half of the ids, as of a vocabulary in parts: PEFT looks them up all the same."""
 
     def halve(model):
         for layer in layers(model):

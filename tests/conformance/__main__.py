@@ -38,12 +38,12 @@ class Expected:
 # Passed tests, and shares a little below what was measured.
 EXPECTED: dict[str, Expected] = {
     "custom_models": Expected(2722, 0.95, 0.96),
-    "decoder_models": Expected(702, 0.95, 0.95),
+    "decoder_models": Expected(700, 0.95, 0.95),
     "encoder_decoder_models": Expected(115, 0.99, 0.99),
-    "feature_extraction_models": Expected(123, 0.99, 0.99),
+    "feature_extraction_models": Expected(125, 0.99, 0.99),
     "initialization": Expected(396, 0.95, 0.98),
     "low_level_api": Expected(52, 0.99, 0.99),
-    "trainable_tokens": Expected(54, 0.99, 0.99),
+    "trainable_tokens": Expected(58, 0.99, 0.99),
     "lora_ga": Expected(40, 0.99, 0.99),
     "mixed": Expected(37, 0.99, 0.99),
     "lora_conversion": Expected(32, 0.99, 0.99),

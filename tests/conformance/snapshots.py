@@ -30,6 +30,7 @@ _GATED = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 4, "pad_toke
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
 _OPT = {**_SIZES, "ffn_dim": 4, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "pad_token_id": 1}
 _ENCODER = {**_SIZES, "intermediate_size": 37}
+_WIDER = {**_ENCODER, "hidden_size": 32}  # no narrower than the ranks that its tests combine
 _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4}
 _BART = {
     "vocab_size": VOCABULARY,
@@ -87,7 +88,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         t.RobertaConfig,
         _ENCODER,
     ),
-    "peft-internal-testing/tiny-random-DebertaModel": (t.DebertaModel, t.DebertaConfig, _ENCODER),
+    "peft-internal-testing/tiny-random-DebertaModel": (t.DebertaModel, t.DebertaConfig, _WIDER),
     "peft-internal-testing/tiny-random-DebertaV2Model": (t.DebertaV2Model, t.DebertaV2Config, _ENCODER),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": (
         t.T5ForConditionalGeneration,

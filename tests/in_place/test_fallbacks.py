@@ -195,8 +195,7 @@ def test_dtensors():
     assert fastpeft.report(patched).reasons == {"lora_A is DTensor, not a plain tensor": 4}
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_a_part_of_an_embedding_s_adapter(use_dora):
+def test_a_part_of_an_embedding_s_adapter():
     """Columns of A for half of the ids, as of a vocabulary in parts: PEFT looks them up all the same."""
 
     def halve(model):
@@ -204,7 +203,7 @@ def test_a_part_of_an_embedding_s_adapter(use_dora):
             A = layer.lora_embedding_A["default"]
             layer.lora_embedding_A["default"] = nn.Parameter(A.detach()[:, :32].clone())
 
-    patched, untouched = both(peft_model(target_modules=["embed_tokens"], use_dora=False), halve)
+    patched, untouched = both(peft_model(target_modules=["embed_tokens"]), halve)
     ids = tokens() % 32
     with torch.no_grad():
         torch.testing.assert_close(patched(ids).logits, untouched(ids).logits)

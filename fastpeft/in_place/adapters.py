@@ -16,8 +16,9 @@ from fastpeft.layers.norm_cache import PLAIN_TYPES
 from fastpeft.ops.probability import probability_of
 
 _ACTIVATED = "ALoraLinearVariant"
-# Forwards that are LoRA's: none, minor components' (arXiv 2604.01694), and, for its tokens, activated LoRA's.
-_LIKE_LORA = ("NoneType", "MiCALinearVariant", _ACTIVATED)
+# Forwards that are LoRA's: none, minor components' (arXiv 2604.01694), block diagonal ones, and, for its
+# tokens, activated LoRA's.
+_LIKE_LORA = ("NoneType", "MiCALinearVariant", "BdLoraLinearVariant", _ACTIVATED)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -89,21 +90,27 @@ def read(module: Any, name: str) -> Adapter | str:
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     for inner, what in ((lora_A, "lora_A"), (lora_B, "lora_B")):
-        if type(inner) is not nn.Linear:
+        if type(inner) is not nn.Linear and not _is_block_diagonal(inner):
             return f"{what} is {type(inner).__name__}, not nn.Linear"
     if has_hooks(lora_A) or has_hooks(lora_B) or has_hooks(dropout):
         return "hooks on lora_A, lora_B or lora_dropout"
     if is_replaced(lora_A) or is_replaced(lora_B):
         return "forward of lora_A or lora_B replaced by other code"
+    in_blocks = type(lora_A) is not nn.Linear, type(lora_B) is not nn.Linear
     A, B = parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
-    bias = parameter_of(lora_B, "bias")
+    bias = None if in_blocks[1] else parameter_of(lora_B, "bias")
     assert A is not None, "an nn.Linear's"
     assert B is not None, "an nn.Linear's"
-    if not is_plain(A) or not is_plain(B):
-        return f"lora_A is {type(A).__name__}, not a plain tensor"
+    for tensor, what in ((A, "lora_A"), (B, "lora_B")):
+        if not is_plain(tensor):
+            return f"{what} is {type(tensor).__name__}, not a plain tensor"
+    if in_blocks[0] and A.dim() == 2:
+        A = lora_A.weight_as_blockdiagonal_matrix()
+    if in_blocks[1] and B.dim() == 2:
+        B = lora_B.weight_as_blockdiagonal_matrix()
     if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
         return "lora_A or lora_B is a shard"  # FSDP1 wraps trainable leaves apart
-    if parameter_of(lora_A, "bias") is not None:
+    if not in_blocks[0] and parameter_of(lora_A, "bias") is not None:
         return "lora_A has a bias"
     if (p := probability_of(dropout)) is None:
         return f"lora_dropout is {dropout}"
@@ -121,7 +128,7 @@ def read(module: Any, name: str) -> Adapter | str:
         if name in (getattr(module, "_lora_kasa_truncation_deferred", None) or ()):
             return "KaSA whose truncation of the base is still due"
         B = B * module.lora_diag[name]  # arXiv 2412.06071: scaling * B diag(s) A
-    elif variant not in _LIKE_LORA:
+    elif variant not in _LIKE_LORA and not _acts_as_lora(module, name, variant):
         return f"variant {variant.removesuffix('Variant')}"
     scaling = module.scaling[name]
     if isinstance(scaling, Tensor):
@@ -131,6 +138,20 @@ def read(module: Any, name: str) -> Adapter | str:
     elif bias is not None:
         bias = bias * scaling
     return Adapter(name, A, B, bias, scaling, p, magnitude)
+
+
+def _is_block_diagonal(inner: Any) -> bool:
+    """Whether a matrix is BD-LoRA's: stored as the blocks on its diagonal, one below the other."""
+    return type(inner).__name__ == "BlockDiagonalLinear" and type(inner).__module__.startswith("peft.")
+
+
+def _acts_as_lora(module: Any, name: str, variant: str) -> bool:
+    """Whether a variant that trains in its own way is LoRA for this call, as these two are in evaluation."""
+    if variant == "VeloraLinearVariant":  # it is autograd that keeps less of x
+        return not (module.training and torch.is_grad_enabled())
+    if variant == "MontecloraLinearVariant":  # it samples in training; its sampler may still have to be made
+        return not module.training and name in module.lora_monteclora_sampler
+    return False
 
 
 def is_activated(module: Any, name: str) -> bool:

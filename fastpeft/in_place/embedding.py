@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.in_place.adapters import has_hooks, is_plain
+from fastpeft.in_place.adapters import has_hooks, is_plain, is_replaced
 from fastpeft.in_place.record import Layer
 from fastpeft.layers.adapted import suppressed
 from fastpeft.layers.embedding import embedding_row_scale, embedding_with_adapter
@@ -53,12 +53,20 @@ def _not_ours(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
     for name in module.active_adapters:
         if name not in module.lora_embedding_A:
             continue
-        if not is_plain(module.lora_embedding_A[name]) or not is_plain(module.lora_embedding_B[name]):
+        A, B = module.lora_embedding_A[name], module.lora_embedding_B[name]
+        if not is_plain(A) or not is_plain(B):
             return "lora_embedding_A or B is not a plain tensor"
+        if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or A.shape[1] != module.in_features:
+            return "lora_embedding_A or B is a shard"  # FSDP1's flat parameters
         if (variant := module.lora_variant.get(name)) is None:
             continue
-        if type(variant).__name__ != "DoraEmbeddingVariant" or has_hooks(module.lora_magnitude_vector[name]):
+        if type(variant).__name__ != "DoraEmbeddingVariant":
             return f"variant {type(variant).__name__.removesuffix('Variant')}"
+        layer = module.lora_magnitude_vector[name]
+        if has_hooks(layer) or is_replaced(layer):
+            return "hooks on the magnitude"
+        if not is_plain(layer.weight) or layer.weight.shape != (B.shape[0],):
+            return "the magnitude is a shard"
     return None
 
 

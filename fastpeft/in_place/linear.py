@@ -28,7 +28,6 @@ from fastpeft.layers.kinds import is_conv1d
 from fastpeft.layers.rows import added_by_row
 from fastpeft.layers.subclass import numbers_of
 from fastpeft.ops._common import autocast_is_on
-from fastpeft.ops.probability import is_dropping
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -107,10 +106,8 @@ def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) ->
         problem = adapter if isinstance(adapter, str) else unfit(module, x, [adapter])
         if isinstance(adapter, str) or problem is not None:
             return _peft(module, str(problem), x, **kwargs)
-        if is_dropping(adapter.dropout_p) or adapter.bias is not None or x.dim() > 3:
-            return _peft(
-                module, "rows of their own adapters with dropout, lora_bias or more axes", x, **kwargs
-            )
+        if adapter.bias is not None or x.dim() > 3:
+            return _peft(module, "rows of their own adapters with lora_bias or more axes", x, **kwargs)
         adapters.append(adapter)
     result: Tensor = module.base_layer(x)
     module._fastpeft_layer.calls.count("added" if adapters else "base")
@@ -119,7 +116,7 @@ def _by_row(module: Any, x: Tensor, names: list[str], kwargs: dict[str, Any]) ->
         offsets = kwargs.get("alora_offsets") or [0] * len(names)
         pairs = zip(names, offsets, strict=True)
         last = [int(offset or 0) if is_activated(module, name) else None for name, offset in pairs]
-    return added_by_row(result, x, names, adapters, _base(module), last)
+    return added_by_row(result, x, names, adapters, _base(module), last, drops=True)
 
 
 def _peft(module: Any, reason: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,8 +146,10 @@ def base_weight(module: Any) -> Tensor:
         # Not by PEFT's way, which puts another Parameter into the layer: on a CPU an int8 one without its
         # scales, so that the next forward fails.
         return numbers_of(inner)
-    # By PEFT's own way for every other kind of quantisation.
-    numbers: Tensor = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
+    if (type(inner) is nn.Linear or is_conv1d(inner)) and is_plain(inner.weight):
+        numbers: Tensor = inner.weight
+    else:  # by PEFT's own way for every other kind of quantisation, which torch.compile cannot trace
+        numbers = sys.modules["peft.utils.integrations"].dequantize_module_weight(inner)
     return numbers.t() if is_conv1d(inner) else numbers
 
 

@@ -189,7 +189,7 @@ def _dora_over(result: Tensor, x: Tensor, adapter: Adapter, base: Base) -> Tenso
         scaling=adapter.scaling,
         dropout_p=0.0 if drops_base else adapter.dropout_p,
     )
-    if drops_base:
-        return (result - below + z * c).to(result.dtype)
-    scaled = z * c
-    return (scaled if base.bias is None else scaled + base.bias).to(result.dtype)
+    if base.bias is None and not drops_base:
+        return (z * c).to(result.dtype)
+    # The change alone is added: a fresh adapter (B = 0, c = 1) leaves the result as it is, to the bit.
+    return (result + (z * (c - 1.0) + (z - below))).to(result.dtype)

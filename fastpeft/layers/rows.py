@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpeft.errors import ShapeError
 from fastpeft.layers.adapted import Adapter, Base
 from fastpeft.ops._common import accumulation_dtype, scaled_cast, without_autocast
+from fastpeft.ops.probability import dropped, is_dropping
 from fastpeft.ops.row_norm import row_norm_squared, row_scale
 
 
@@ -100,13 +101,15 @@ def added_by_row(
     base: Base,
     last: Sequence[int | None] | None = None,
     kept_norm: Callable[[Adapter], Tensor | None] | None = None,
+    drops: bool = False,
 ) -> Tensor:
     """Return ``result`` [rows, ..., out_features] with each row's adapter of x [rows, ..., in_features].
 
-    A name that is none of ``adapters`` leaves its rows as they are. Dropout plays no part: mixed batches are
-    for inference. ``last`` is, for each row, how many of its last tokens have the adapter, None for all; for
-    LoRA and x of [rows, in_features] or [rows, tokens, in_features]. ``kept_norm`` returns a DoRA adapter's
-    row norm where the layer keeps it.
+    A name that is none of ``adapters`` leaves its rows as they are. ``last`` is, for each row, how many of its
+    last tokens have the adapter, None for all; for LoRA and x of [rows, in_features] or [rows, tokens,
+    in_features]. ``kept_norm`` returns a DoRA adapter's row norm where the layer keeps it. ``drops``: whether
+    the adapters' dropout counts, for LoRA alone, as PEFT trains activated LoRA; other mixed batches are for
+    inference.
 
     Raises:
         ShapeError: there is not one name for each row.
@@ -115,6 +118,11 @@ def added_by_row(
     if not rows.adapters:
         return result
     x = x.to(result.dtype)
+    if drops:
+        for i, adapter in enumerate(rows.adapters):
+            if is_dropping(adapter.dropout_p):
+                is_its = (rows.chosen == i).view(-1, *[1] * (x.dim() - 1))
+                x = torch.where(is_its, dropped(x, adapter.dropout_p), x)
     S = rows.own(x @ torch.cat([a.lora_A for a in rows.adapters]).to(x.dtype).t())
     if last is not None:
         tokens = x.shape[1] if x.dim() == 3 else 1

@@ -55,7 +55,7 @@ from fastpeft.ops.probability import Probability, as_inputs, dropped, from_input
 from fastpeft.ops.products import Dropout, Need
 from fastpeft.ops.row_norm import checked_row_scale, row_norm, row_norm_squared, row_scale
 from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
-from fastpeft.ops.ways import way_for
+from fastpeft.ops.ways import dora_forward, way_for
 
 
 def dora_linear_reference(
@@ -189,7 +189,7 @@ def _forward(
     on_base: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool]:
-    """Return y [..., out_features], S [tokens, r], z where it is kept, n, and what checked_row_scale says."""
+    """Return y [..., out_features], S [tokens, r], z where it is kept, n, and whether c is m / n."""
     tokens = flatten_tokens(x)
     keep_z = keeps_product(x, bias, on_base)
     z: Tensor | None
@@ -211,11 +211,10 @@ def _forward(
         )
     else:
         n = norm if norm is not None else row_norm(weight, lora_A, lora_B, scaling, row_norm_squared(weight))
-        way = way_for(tokens)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
-        c, is_quotient = checked_row_scale(magnitude, n)
-        result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, c, keep_z)
-        y, S, z = result.y, result.S, result.z
+        scale = checked_row_scale(magnitude, n)
+        y, S, z = dora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, scale, keep_z)
+        is_quotient = scale.is_quotient
     return unflatten_tokens(y, x.shape), S, z, n if norm is None else norm, is_quotient
 
 

@@ -9,6 +9,8 @@ so no [out_features, in_features] temporary is formed; ``||W||^2`` is computed o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -64,17 +66,31 @@ def _casts(weight: Tensor, lora_A: Tensor) -> bool:
 
 def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Return c = m / n [out_features] in n's dtype: 0 for a zero row, else at least MIN_ROW_SCALE in size."""
-    return checked_row_scale(magnitude, norm)[0]
+    return checked_row_scale(magnitude, norm).c
 
 
-def checked_row_scale(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, bool]:
-    """:func:`row_scale`, and whether every c is known to be the quotient itself, and no n to be 0."""
+class RowScale(NamedTuple):
+    """c, and what is known of it without waiting for a device.
+
+    Attributes:
+        c: [out_features].
+        is_quotient: every c is m / n itself, and no n is 0.
+        is_one: every c is exactly 1: DoRA as it begins, whose output should be the base's to the bit.
+    """
+
+    c: Tensor
+    is_quotient: bool
+    is_one: bool
+
+
+def checked_row_scale(magnitude: Tensor, norm: Tensor) -> RowScale:
+    """:func:`row_scale`, and what is known of it."""
     c = magnitude.to(norm.dtype) / norm
     # Not where it is compiled: embeddings and a second DoRA take their scale outside the op.
     if c.is_cpu and c.numel() and not torch.compiler.is_compiling():
         smallest, largest = c.abs().aminmax()
         if smallest >= MIN_ROW_SCALE and largest < torch.inf:  # false for NaN too
-            return c, True
+            return RowScale(c, True, bool(smallest == largest) and bool((c == 1.0).all()))
     least = torch.where(magnitude < 0, -MIN_ROW_SCALE, MIN_ROW_SCALE).to(c.dtype)
     c = torch.where(c.abs() < MIN_ROW_SCALE, least, c)
-    return torch.where(norm > 0, c, 0.0), False
+    return RowScale(torch.where(norm > 0, c, 0.0), False, False)

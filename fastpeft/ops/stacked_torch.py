@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,10 @@ from fastpeft.ops._common import scaled_cast
 from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
 from fastpeft.ops.features import feature_dot, feature_sum, scale_features
 from fastpeft.ops.packed import Gradients
-from fastpeft.ops.products import Dropout, Need
+from fastpeft.ops.products import Dropout, Forward, Need
 from fastpeft.ops.projections import adapter, rank
-from fastpeft.ops.row_norm import row_scale
-from fastpeft.ops.ways import way_for
+from fastpeft.ops.row_norm import RowScale, checked_row_scale
+from fastpeft.ops.ways import dora_forward, way_for
 from fastpeft_kernels.projection import Projection
 
 
@@ -43,7 +44,12 @@ class Stacked:
 
 def scale_of(p: Projection) -> Tensor | None:
     """Return DoRA's row scale c [out_features], None for LoRA."""
-    return None if p.magnitude is None or p.norm is None else row_scale(p.magnitude, p.norm)
+    scale = _checked_scale(p)
+    return None if scale is None else scale.c
+
+
+def _checked_scale(p: Projection) -> RowScale | None:
+    return None if p.magnitude is None or p.norm is None else checked_row_scale(p.magnitude, p.norm)
 
 
 def forward(
@@ -61,7 +67,7 @@ def forward(
     if way is not native:
         dropouts = [_dropout(ps[i], seeds, i) for i in range(len(projections))]
         results = [
-            way.forward(x, p.weight, p.bias, *adapter(p), p.scaling, dropout, scale_of(p), z_is_kept)
+            _one(way, x, p, dropout, z_is_kept)
             for p, dropout, z_is_kept in zip(projections, dropouts, keep_z, strict=True)
         ]
         S = torch.cat([result.S for result in results], dim=1)
@@ -70,18 +76,36 @@ def forward(
     ys: list[Tensor] = []
     zs: list[Tensor | None] = []
     for p, columns, z_is_kept in zip(projections, columns_of(projections), keep_z, strict=True):
-        c = scale_of(p)
-        y = F.linear(x, p.weight, p.bias if c is None else None)
-        if p.lora_B is not None:
-            # In place, so that the rank-r product costs one pass over y and no [tokens, out_features] copy.
-            y.addmm_(S[:, columns], p.lora_B.to(x.dtype).t(), alpha=p.scaling)
+        scale = _checked_scale(p)
+        if scale is None or (scale.is_one and p.bias is not None):  # fastpeft.ops.ways.dora_forward says why
+            ys.append(_product(x, p, p.bias, S[:, columns]))
+            zs.append(_product(x, p, None, S[:, columns]) if z_is_kept else None)
+            continue
+        y = _product(x, p, None, S[:, columns])
         zs.append(y if z_is_kept else None)
-        if c is not None:
-            y = scale_features(y, c, out=None if z_is_kept else y)
-            if p.bias is not None:
-                y.add_(p.bias)
+        y = scale_features(y, scale.c, out=None if z_is_kept else y)
+        if p.bias is not None:
+            y.add_(p.bias)
         ys.append(y)
     return Stacked(ys=ys, S=S, zs=zs)
+
+
+def _product(x: Tensor, p: Projection, bias: Tensor | None, S: Tensor) -> Tensor:
+    """Return ``x W^T + scaling * S B^T``, and the bias where it is given."""
+    y = F.linear(x, p.weight, bias)
+    if p.lora_B is not None:
+        # In place, so that the rank-r product costs one pass over y and no [tokens, out_features] copy.
+        y.addmm_(S, p.lora_B.to(x.dtype).t(), alpha=p.scaling)
+    return y
+
+
+def _one(way: ModuleType, x: Tensor, p: Projection, dropout: Dropout | None, keep_z: bool) -> Forward:
+    """Return one projection by another way than native."""
+    tensors = (x, p.weight, p.bias, *adapter(p), p.scaling, dropout)
+    if (scale := _checked_scale(p)) is not None:
+        return dora_forward(*tensors, scale, keep_z)
+    result: Forward = way.forward(*tensors, None, keep_z)
+    return result
 
 
 def backward(

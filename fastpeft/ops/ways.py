@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastpeft.ops import blocked, few_tokens, native
 from fastpeft.ops.cpu_gemm import products_in_fp32
+from fastpeft.ops.products import Dropout, Forward
+from fastpeft.ops.row_norm import RowScale
 
 
 def way_for(tokens: Tensor) -> ModuleType:
@@ -17,3 +19,31 @@ def way_for(tokens: Tensor) -> ModuleType:
     if few_tokens.serves(tokens):
         return few_tokens
     return blocked if products_in_fp32(tokens) else native
+
+
+def dora_forward(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    scale: RowScale,
+    keep_z: bool,
+) -> Forward:
+    """DoRA's forward by the way that serves ``tokens``.
+
+    While every c is 1 (a fresh adapter, whose m is n), y is LoRA's, its bias inside the base's own product: a
+    base with a bias rounds ``x W^T + bias`` otherwise than ``c (x W^T) + bias``, and DoRA's first output is
+    to be the base's. What z is kept for then takes a product of its own, in the first step alone.
+    """
+    way = way_for(tokens)
+    adapter = (lora_A, lora_B, scaling, dropout)
+    on_base = dropout is not None and dropout.on_base
+    if not scale.is_one or bias is None or on_base:
+        result: Forward = way.forward(tokens, weight, bias, *adapter, scale.c, keep_z)
+        return result
+    y: Forward = way.forward(tokens, weight, bias, *adapter, None, False)
+    z: Tensor | None = way.forward(tokens, weight, None, *adapter, None, False).y if keep_z else None
+    return y._replace(z=z)

@@ -1,7 +1,9 @@
 """pytest plugin for a run of PEFT's own tests: LoRA's cases alone, offline, and accelerated where asked for.
 
 Environment: ``FASTPEFT_CONFORMANCE=accelerated`` patches every model in which PEFT makes LoRA layers;
-``FASTPEFT_CONFORMANCE_COUNTS`` is a folder for each process's counts of calls, by way and by reason.
+``FASTPEFT_CONFORMANCE_COUNTS`` is a folder for ``outcomes.json`` (test: outcome, seconds) and for each
+process's counts of calls by file, way and reason; ``FASTPEFT_CONFORMANCE_SELECT`` maps a file's name to parts
+of test names, of which a test must have one where there are any.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,17 @@ class EveryModel(dict[str, int]):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Cut the network off, and accelerate."""
+    """Cut the network off, and accelerate, in the processes that run tests."""
     _offline()
-    if os.environ.get("FASTPEFT_CONFORMANCE") == "accelerated":
+    hands_out = bool(getattr(config.option, "numprocesses", 0)) and not hasattr(config, "workerinput")
+    if os.environ.get("FASTPEFT_CONFORMANCE") == "accelerated" and not hands_out:
         _accelerate()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of other tuners."""
-    kept = [item for item in items if _is_lora(item)]
+    """Leave out the cases of other tuners, and what was not asked for."""
+    wanted = json.loads(os.environ.get("FASTPEFT_CONFORMANCE_SELECT", "{}"))
+    kept = [item for item in items if _is_lora(item) and _is_wanted(item, wanted.get(item.path.stem, []))]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 
@@ -59,15 +64,41 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pass
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Put a test's calls to its file's account."""
+    if _calls is not None:
+        routes, reasons = _by_file[item.path.stem]
+        routes.update(_calls.routes)
+        reasons.update(_calls.reasons)
+        _calls.routes.clear()
+        _calls.reasons.clear()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what came of a test; an error before or after it is a failure."""
+    outcome, seconds = _outcomes.get(report.nodeid, ("skipped", 0.0))
+    if report.failed or outcome == "failed":
+        outcome = "failed"
+    elif report.when == "call" and report.passed:
+        outcome = "passed"
+    _outcomes[report.nodeid] = (outcome, seconds + report.duration)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write this process's counts."""
+    """Write this process's counts, and every test's outcome where all of them are known."""
     folder = os.environ.get("FASTPEFT_CONFORMANCE_COUNTS")
-    if folder and _calls is not None:
-        counts = {"routes": dict(_calls.routes), "reasons": dict(_calls.reasons)}
-        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(counts))
+    if not folder:
+        return
+    calls = {name: {"routes": routes, "reasons": reasons} for name, (routes, reasons) in _by_file.items()}
+    Path(folder, f"calls-{os.getpid()}.json").write_text(json.dumps(calls))
+    if not hasattr(session.config, "workerinput"):
+        Path(folder, "outcomes.json").write_text(json.dumps(_outcomes))
 
 
 _calls: Any = None
+_by_file: defaultdict[str, tuple[Counter[str], Counter[str]]] = defaultdict(lambda: (Counter(), Counter()))
+_outcomes: dict[str, tuple[str, float]] = {}
 
 
 def _accelerate() -> None:
@@ -110,6 +141,10 @@ def _is_lora(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [v for v in _flat(parameters.values()) if isinstance(v, type) and issubclass(v, PeftConfig)]
     return all(kind is LoraConfig for kind in kinds)
+
+
+def _is_wanted(item: pytest.Item, parts: Sequence[str]) -> bool:
+    return not parts or any(part in item.nodeid for part in parts)
 
 
 def _flat(values: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ The tests then run without a network: what they ask for by name is found where a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 REVISION = "0" * 40
+RECIPE = 2  # another number makes the models anew where an older one is in the cache
 VOCABULARY = 1024
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _SIZES = {
@@ -25,10 +26,11 @@ _SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-_GATED = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 4}
+_GATED = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 4, "pad_token_id": None}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
 _OPT = {**_SIZES, "ffn_dim": 4, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "pad_token_id": 1}
 _ENCODER = {**_SIZES, "intermediate_size": 37}
+_WIDER = {**_ENCODER, "hidden_size": 32}  # no narrower than the ranks that its tests combine
 _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4}
 _BART = {
     "vocab_size": VOCABULARY,
@@ -45,7 +47,12 @@ _BART = {
 # Name on the hub: (model class, configuration class, its values).
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (t.OPTForCausalLM, t.OPTConfig, _OPT),
-    "peft-internal-testing/opt-125m": (t.OPTForCausalLM, t.OPTConfig, {**_OPT, "num_hidden_layers": 12}),
+    "peft-internal-testing/opt-125m": (
+        t.OPTForCausalLM,
+        t.OPTConfig,
+        # PEFT's tests know its width.
+        {**_OPT, "num_hidden_layers": 12, "hidden_size": 768, "word_embed_proj_dim": 768},
+    ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (t.GPT2LMHeadModel, t.GPT2Config, _GPT2),
     "peft-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, t.GPT2Config, _GPT2),
     "hf-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, t.GPT2Config, _GPT2),
@@ -72,7 +79,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         t.Gemma3ForCausalLM,
         t.Gemma3TextConfig,
-        {**_GATED, "head_dim": 8},
+        {**_GATED, "head_dim": 8, "pad_token_id": 0},
     ),
     "peft-internal-testing/tiny-random-BertModel": (t.BertModel, t.BertConfig, _ENCODER),
     "peft-internal-testing/tiny-random-RobertaModel": (t.RobertaModel, t.RobertaConfig, _ENCODER),
@@ -81,7 +88,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         t.RobertaConfig,
         _ENCODER,
     ),
-    "peft-internal-testing/tiny-random-DebertaModel": (t.DebertaModel, t.DebertaConfig, _ENCODER),
+    "peft-internal-testing/tiny-random-DebertaModel": (t.DebertaModel, t.DebertaConfig, _WIDER),
     "peft-internal-testing/tiny-random-DebertaV2Model": (t.DebertaV2Model, t.DebertaV2Config, _ENCODER),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": (
         t.T5ForConditionalGeneration,
@@ -111,15 +118,32 @@ def fill(home: Path) -> None:
     for name, (model, config, values) in MODELS.items():
         folder = home / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = folder / "snapshots" / REVISION
-        if (snapshot / "complete").exists():
-            continue
-        torch.manual_seed(0)
         # Larger weights than a training starts with: PEFT's tests look for adapters' effects in the output.
-        model(config(**{**SPECIAL, "initializer_range": 0.2, **values})).save_pretrained(snapshot)
+        values = {**SPECIAL, "initializer_range": 0.2, **values}
+        recipe = f"{RECIPE} {model.__name__} {sorted(values.items())} {t.__version__}"
+        complete = snapshot / "complete"
+        if complete.exists() and complete.read_text() == recipe:
+            continue
+        shutil.rmtree(snapshot, ignore_errors=True)
+        torch.manual_seed(0)
+        whole = model(config(**values))
+        _fill_padding(whole, values["initializer_range"])
+        whole.save_pretrained(snapshot)
         _tokenizer().save_pretrained(snapshot)
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(REVISION)
-        (snapshot / "complete").touch()
+        complete.write_text(recipe)
+
+
+def _fill_padding(model: torch.nn.Module, deviation: float) -> None:
+    """Give a padding token's embedding numbers, as a model that was trained has them.
+
+    PEFT's tests use token 1, the padding of some. In a model without biases its zeros stay zeros through
+    every layer, whatever an adapter does, and tests that look for an adapter's effect fail.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            torch.nn.init.normal_(module.weight.data[module.padding_idx], std=deviation)
 
 
 def _tokenizer() -> t.PreTrainedTokenizerFast:
@@ -129,6 +153,3 @@ def _tokenizer() -> t.PreTrainedTokenizerFast:
     return t.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
-
-
-Builder = Callable[[], Any]

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+import fastpeft
 from tests.models import llama, tokens
 from tests.tolerance import assert_within_rule
 
@@ -53,6 +54,20 @@ def with_adapters(
             elif ".lora_B." in name and name.endswith("bias"):
                 parameter.normal_()
     return model.eval()
+
+
+def pair(**options) -> tuple[nn.Module, nn.Module]:
+    """An accelerated model with two adapters, the first of them active, and the same one untouched."""
+    model = with_adapters(llama(), [options, {"r": 4, "lora_alpha": 9, **options}])
+    model.set_adapter("default")
+    untouched = copy.deepcopy(model)
+    return fastpeft.patch(model), untouched
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Of the test's tokens, without gradients."""
+    with torch.no_grad():
+        return model(tokens()).logits
 
 
 def run(model: nn.Module) -> dict[str, Tensor]:

@@ -212,3 +212,17 @@ def test_a_compiled_training_step_is_compiled_once(in_place, options):
             optimizer.zero_grad()
             for _ in range(accumulation):
                 compiled(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["embedding", "trained-base"])
+def test_dora_over_another_product_compiles_without_a_graph_break(kind):
+    """Its row scale is traced there, whose values nothing may depend on."""
+    model = fastpeft.patch(peft_model(use_dora=True, target_modules=EMBEDDINGS)).train()
+    if kind == "trained-base":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+    torch.testing.assert_close(loss, model(input_ids=tokens(), labels=tokens()).loss)
+    assert calls(model) == ({"added"} if kind == "trained-base" else {"added", "fused"})

@@ -14,17 +14,20 @@ from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.lora_add import lora_add
 from fastpeft.ops.stacked import stacked_linear
 from fastpeft_kernels.projection import Projection
+from tests.device import DEVICE
 
 K = 6
 
 
 def projection(A: Tensor, B: Tensor) -> Projection:
-    return Projection(weight=torch.eye(K), lora_A=A, lora_B=B, scaling=2.0)
+    return Projection(weight=torch.eye(K, device=DEVICE), lora_A=A, lora_B=B, scaling=2.0)
 
 
 OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "lora": lambda x, A, B: lora_linear(x, torch.eye(K), None, A, B, scaling=2.0),
-    "dora": lambda x, A, B: dora_linear(x, torch.eye(K), None, A, B, torch.ones(K), scaling=2.0),
+    "lora": lambda x, A, B: lora_linear(x, torch.eye(K, device=DEVICE), None, A, B, scaling=2.0),
+    "dora": lambda x, A, B: dora_linear(
+        x, torch.eye(K, device=DEVICE), None, A, B, torch.ones(K, device=DEVICE), scaling=2.0
+    ),
     "lora_add": lambda x, A, B: lora_add(x, x, A, B, scaling=2.0),
     "stacked": lambda x, A, B: sum(stacked_linear(x, [projection(A, B), projection(A, B)])),
     "gated_mlp": lambda x, A, B: gated_mlp(x, *[projection(A, B)] * 3),
@@ -34,7 +37,7 @@ OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_graph_of_the_backward_cannot_be_differentiated(op):
     torch.manual_seed(0)
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((3, K), (2, K), (K, 2))]
+    leaves = [torch.randn(*shape).to(DEVICE).requires_grad_() for shape in ((3, K), (2, K), (K, 2))]
     first = torch.autograd.grad(op(*leaves).square().sum(), leaves)
     kept = torch.autograd.grad(op(*leaves).square().sum(), leaves, create_graph=True)
     for got, want in zip(kept, first, strict=True):

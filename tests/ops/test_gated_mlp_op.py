@@ -385,8 +385,13 @@ def test_a_trainable_base_weight_gets_its_gradient():
     torch.testing.assert_close(got, want)
 
 
-@with_triton
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The kernels in every dtype: tests/kernels/test_glu.py.
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((way, dtype) for way in TORCH for dtype in DTYPES), ("triton", torch.bfloat16)],
+    indirect=["backend"],
+    ids=str,
+)
 def test_magnitude_zero_and_zero_rows(dtype):
     x, projections = problem((60,), 20, 28, 22, [(4, DORA, False)] * 3, dtype, torch.float32)
     for i, p in enumerate(projections):

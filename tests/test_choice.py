@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import timeit
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,48 @@ def test_modes(mode):
 def test_an_unknown_mode_is_refused(name, said):
     with pytest.raises(fastpeft.ConfigError, match=f"FASTPEFT_CHOICE: .*{said}"):
         choice.validated_mode(name)
+
+
+IN_A_PROCESS = """
+import torch
+from fastpeft import choice
+
+def timer(candidates, device):
+    print("measured", end=" ")
+    return {"split": 2.5, "aten": 2.0, "single": 4.0}
+
+choice.can_measure = lambda device: True
+choice.device_name = lambda device: "Fake"
+choice.CHOOSER.timer, choice.CHOOSER.file = timer, None
+key = choice.choice_key(1000, 4096, 4096, 16, torch.bfloat16)
+for names in (("split", "aten", "single"), ("split", "aten")):
+    candidates = {name: lambda: None for name in names}
+    print(choice.choose("lora_forward", candidates, key=key, device=torch.device("cuda", 0)), end=" ")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (None, "measured aten measured aten"),
+        ("auto", "measured aten measured aten"),
+        ("off", "split split"),
+        ("aten", "aten aten"),
+        ("single", "single split"),  # the second op does not offer it
+        ("fast", "FASTPEFT_CHOICE: expected one of auto, off, aten,"),
+    ],
+)
+def test_the_environment_reaches_the_process(setting, said):
+    environment = {k: v for k, v in os.environ.items() if k != choice.ENVIRONMENT_VARIABLE}
+    root = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "kernels")))
+    if setting is not None:
+        environment[choice.ENVIRONMENT_VARIABLE] = setting
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert said in done.stdout + done.stderr
+    assert (done.returncode == 0) == (setting != "fast"), done.stderr
 
 
 def test_off_a_gpu_the_default_runs():

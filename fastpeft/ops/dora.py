@@ -285,7 +285,8 @@ def _gradients(
         if result.dot is not None and is_quotient:
             dm = cast(result.dot / (norm if kept_is_z else m), magnitude.dtype)
         elif result.dot is not None:
-            divisor = norm if kept_is_z else c * norm
+            # y / c is y n / m where c is the quotient: the bits of is_quotient, beside a row that is guarded.
+            divisor = norm if kept_is_z else torch.where(c == m / norm, m, c * norm)
             dm = torch.where(norm > 0, result.dot / divisor, 0.0).to(magnitude.dtype)
     if dx is not None:
         dx = unflatten_tokens(dx, dy.shape)

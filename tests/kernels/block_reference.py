@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastpeft_kernels import Projection, glu_backward, glu_forward, stacked_backward, stacked_forward
+from tests.kernels.memory import untouched
 from tests.kernels.test_dropout import recover_mask
 
 TENSORS = ("weight", "bias", "lora_A", "lora_B", "magnitude", "norm")
@@ -146,7 +147,12 @@ def wants(b: Block) -> dict[str, list[bool]]:
 
 
 def run_block(b: Block, *, vendor_forward: bool = False, vendor_backward: bool = False) -> dict[str, Tensor]:
-    """All results of the kernels; dm is had from z where there is a bias, else from y."""
+    """All results of the kernels for `b`, left as it was; dm is had from z where there is a bias, else y."""
+    with untouched(b):
+        return _run_block(b, vendor_forward, vendor_backward)
+
+
+def _run_block(b: Block, vendor_forward: bool, vendor_backward: bool) -> dict[str, Tensor]:
     keep_z = [p.magnitude is not None and p.bias is not None for p in b.projections]
     ys, S, zs = stacked_forward(
         b.x, b.projections, b.dropout_p, b.seeds, keep_z=keep_z, vendor_gemm=vendor_forward
@@ -234,7 +240,12 @@ def evaluate_mlp(p: Mlp, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def run_mlp(p: Mlp) -> dict[str, Tensor]:
-    """All results of the kernels."""
+    """All results of the kernels for `p`, which they leave as it was."""
+    with untouched(p):
+        return _run_mlp(p)
+
+
+def _run_mlp(p: Mlp) -> dict[str, Tensor]:
     b = p.block
     gate, up = b.projections
     keep_z = tuple(q.magnitude is not None and q.bias is not None for q in (gate, up))

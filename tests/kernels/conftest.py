@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.device import DEVICE
 from tests.kernels import interpreter
 
 
@@ -18,4 +19,4 @@ def mended_interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels import dora_backward, dora_forward, row_norm
+from tests.kernels.memory import untouched
 from tests.kernels.reference import Problem, make_problem
 
 RESULTS = ("dx", "dA", "dB", "dm", "dbias")
@@ -92,7 +93,12 @@ def evaluate_dora(p: DoraProblem) -> dict[str, Tensor]:
 
 
 def run_dora(p: DoraProblem, *, keep_z: bool | None = None, seed: Tensor | None = None) -> dict[str, Tensor]:
-    """All results of the kernels for `p`; z is kept where dm needs it, unless said otherwise."""
+    """All results of the kernels for `p`, left as it was; z is kept where dm needs it, or as said."""
+    with untouched(p, seed):
+        return _run_dora(p, keep_z, seed)
+
+
+def _run_dora(p: DoraProblem, keep_z: bool | None, seed: Tensor | None) -> dict[str, Tensor]:
     if keep_z is None:
         keep_z = p.bias is not None or (p.drop_base and p.dropout_p > 0.0) or p.x.dtype == torch.float16
     norm = row_norm(p.weight, p.lora_A, p.lora_B, p.scaling) if p.norm is None else p.norm

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from fastpeft_kernels import lora_forward
-from tests.kernels import interpreter, memory
+from tests.kernels import memory
 from tests.kernels.dora_reference import DoraProblem, evaluate_dora
 from tests.kernels.reference import evaluate
 from tests.tolerance import assert_within_rule
@@ -46,16 +44,6 @@ def in_nan(p: DoraProblem) -> DoraProblem:
         name: wrap(value) if value.dim() == 2 else wrap(value[None])[0] for name, value in operands(p).items()
     }
     return replace(p, **values)
-
-
-@contextmanager
-def every_guard() -> Iterator[None]:
-    """Outputs NaN between guard zones; under the interpreter every address is checked too."""
-    with ExitStack() as stack:
-        stack.enter_context(memory.guarded_outputs())
-        if interpreter.ACTIVE:
-            stack.enter_context(interpreter.checked_addresses())
-        yield
 
 
 def drop(p: DoraProblem, dropout_p: float, seed: Tensor) -> DoraProblem:

@@ -57,6 +57,33 @@ def mended() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def permuted_programs(seed: int) -> Iterator[None]:
+    """Run the programs of every grid in a random order, or for seed 0 from the last to the first.
+
+    A GPU promises no order. The interpreter's own is always the same, so that in it a sum by the order of
+    arrival would be repeatable. Programs that wait for one another would not end; ours never do.
+    """
+    set_dim, set_index = Builder.set_grid_dim, Builder.set_grid_idx
+    order: Any = None
+
+    def set_grid_dim(self: Any, *dims: int) -> None:
+        nonlocal order
+        count = int(np.prod(dims))
+        order = np.random.default_rng(seed + count).permutation(count) if seed else np.arange(count)[::-1]
+        set_dim(self, *dims)
+
+    def set_grid_idx(self: Any, *index: int) -> None:
+        place = order[np.ravel_multi_index(index, self.grid_dim)]
+        set_index(self, *(int(i) for i in np.unravel_index(place, self.grid_dim)))
+
+    with (
+        mock.patch.object(Builder, "set_grid_dim", set_grid_dim),
+        mock.patch.object(Builder, "set_grid_idx", set_grid_idx),
+    ):
+        yield
+
+
 class OutOfBoundsError(AssertionError):
     """A kernel touched an address that belongs to no element of its tensor arguments."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels import lora_backward, lora_forward
+from tests.kernels.memory import untouched
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,12 @@ def evaluate(p: Problem) -> dict[str, Tensor]:
 
 
 def run_lora(p: Problem, seed: Tensor | None = None) -> dict[str, Tensor]:
-    """All results of the kernels for `p`."""
+    """All results of the kernels for `p`, which they leave as it was."""
+    with untouched(p, seed):
+        return _run_lora(p, seed)
+
+
+def _run_lora(p: Problem, seed: Tensor | None) -> dict[str, Tensor]:
     adapter = (p.weight, p.lora_A, p.lora_B)
     y, S = lora_forward(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, p.dropout_p, seed)
     gradients = lora_backward(

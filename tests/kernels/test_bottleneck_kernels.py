@@ -110,12 +110,13 @@ def test_nothing_stray(m: int, n: int, size: int, dtype: torch.dtype, device: to
         for name, v in t.items()
     }
     wrapped["base"] = t["base"]  # read whole, as it lies
-    with forward.every_guard():
+    with memory.every_guard(wrapped):
         after = found(wrapped, 1.5)
     for name, value in expected.items():
         assert torch.equal(after[name], value), name  # type: ignore[arg-type]
 
 
+@pytest.mark.interpreted
 def test_base_is_read_once_and_the_result_written_once() -> None:
     m, n, size = 256, 384, 64
     wide = [torch.empty(shape, dtype=torch.bfloat16) for shape in ((m, n), (m, size), (n, size))]

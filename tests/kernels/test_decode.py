@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels import configs, decode, dora_decode, launch, lora_decode, row_norm
-from tests.kernels import forward
+from tests.kernels import forward, memory
 from tests.kernels.dora_reference import DoraProblem, make_dora
 
 # (M, K, N, r). The interpreter pretends to have 4 units: 8 programs are wanted, tiles of 32 columns, 16 of K.
@@ -42,6 +42,7 @@ def splits(p: DoraProblem) -> int:
     return launch.split_reduction(tiles, launch.cdiv(p.weight.shape[1], row.block_k), units)[0]
 
 
+@pytest.mark.interpreted
 def test_cases_split_and_do_not() -> None:
     found = {splits(make_dora(*case.values, torch.float32, torch.device("cpu"))) for case in SHAPES}
     assert found >= {1, 2, 4}
@@ -107,8 +108,8 @@ def test_nothing_stray(m: int, k: int, n: int, r: int, dtype: torch.dtype, devic
     p = make_dora(m, k, n, r, dtype, device, adapter=torch.float32)
     norm = given_norm(p)
     expected = [lora(p), dora(p, norm)]
-    with forward.every_guard():
-        q = forward.in_nan(p)
+    q = forward.in_nan(p)
+    with memory.every_guard(q, norm):
         found = [lora(q), dora(q, norm)]
     for before, after in zip(expected, found, strict=True):
         assert torch.isfinite(after["y"]).all(), "NaN was read, or elements were not written"
@@ -116,13 +117,13 @@ def test_nothing_stray(m: int, k: int, n: int, r: int, dtype: torch.dtype, devic
     assert not launch.counters(1, p.x).any(), "the counters are left at zero"
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("arch", ["sm_90", "gfx1100", "unaligned"])
 def test_shipped_tiles(arch: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(configs.TABLES, "interpreter", configs.TABLES[arch])
     p = make_dora(11, 1100, 70, 20, torch.bfloat16, device, adapter=torch.float32)
-    if device.type == "cpu":
-        forward.check(p, lora(p), dora=False)
-        forward.check(p, dora(p), dora=True)
+    forward.check(p, lora(p), dora=False)
+    forward.check(p, dora(p), dora=True)
 
 
 @pytest.mark.parametrize(("m", "r"), [(17, 2), (3, 65)], ids=["tokens", "rank"])

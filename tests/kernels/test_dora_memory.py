@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.kernels.dora_reference import DoraProblem, make_dora, run_dora
-from tests.kernels.memory import surrounded_by_nan
+from tests.kernels.memory import every_guard, surrounded_by_nan
 from tests.kernels.test_dropout import seed_of
-from tests.kernels.test_memory import every_guard
 
 # (M, K, N, r, dropout_p, drop_base, bias)
 CASES = [
@@ -50,8 +49,9 @@ def test_nothing_stray(
     p.dropout_p, p.drop_base = dropout_p, drop_base
     seed = seed_of(3, device)
     expected = run_dora(p, seed=seed)
-    with every_guard():
-        found = run_dora(in_nan(p), seed=seed)
+    q = in_nan(p)
+    with every_guard(q, seed):
+        found = run_dora(q, seed=seed)
     for name, tensor in found.items():
         assert torch.isfinite(tensor).all(), f"{name}: NaN was read, or elements were not written"
         assert torch.equal(tensor, expected[name]), name

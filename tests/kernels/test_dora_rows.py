@@ -53,6 +53,27 @@ def test_zero_magnitude(zero: float, kind: str, r: int, dtype: torch.dtype, devi
         assert after["y"][:, ROW].abs().max() < 1e-28
 
 
+@pytest.mark.parametrize("kind", ["no-bias", "bias", "drop-base"])
+@pytest.mark.parametrize("zero", [0.0, -0.0, 1e-36, -1e-36])
+def test_zero_magnitude_fp16(zero: float, kind: str, device: torch.device) -> None:
+    """z is kept, since y cannot hold 2^-100 z: it is the bias or 0, and dm of that row is still right."""
+    dtype = torch.float16
+    p = make_dora(37, 50, 45, 5, dtype, device, bias=kind != "no-bias", adapter=torch.float32)
+    seed = with_dropout(p) if kind == "drop-base" else None
+    before = run_dora(p, seed=seed)
+    p.magnitude[ROW] = zero
+    after = run_dora(p, seed=seed)
+    check_other_rows(before, after)
+    reference, plain = evaluate_dora(p.to(torch.float64)), evaluate_dora(p.to(dtype))
+    for name in ("y", "dx", "dA", "dB", "dm"):
+        assert_within_rule(after[name], reference[name], plain[name], name)
+    error = (after["dm"][ROW].double() - reference["dm"][ROW]).abs()
+    assert error <= 4 * (plain["dm"].double() - reference["dm"]).abs().max()
+    if kind != "drop-base":
+        expected = torch.zeros_like(after["y"][:, ROW]) if p.bias is None else p.bias[ROW].expand(37)
+        assert torch.equal(after["y"][:, ROW], expected)
+
+
 @pytest.mark.parametrize("kind", ["from-y", "from-z", "drop-base"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fastpeft_kernels import Projection
 from fastpeft_kernels.activation import ACTIVATIONS
+from tests.device import DEVICE
 from tests.kernels.block_reference import Block, Mlp, evaluate_mlp, run_mlp
 from tests.kernels.test_dropout import recover_mask
-from tests.kernels.test_properties import DEVICE, DTYPES, exactly, fits, integers, layouts, scalings
+from tests.kernels.test_properties import DTYPES, exactly, fits, integers, layouts, scalings
 
 GATE = 128.0
 kinds = st.sampled_from(["none", "lora", "dora"])

@@ -13,9 +13,7 @@ from triton.runtime import interpreter as triton_interpreter
 from fastpeft_kernels import launch
 from tests.kernels import interpreter, memory
 
-needs_interpreter = pytest.mark.skipif(
-    not interpreter.ACTIVE, reason="a GPU is present: nothing is interpreted"
-)
+needs_interpreter = pytest.mark.interpreted
 
 
 @triton.jit
@@ -95,6 +93,21 @@ def test_write_past_the_end_is_caught(device: torch.device) -> None:
         copy(device, n_store=12)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["in-it", "beside-it"])
+def test_write_into_an_input_is_caught(beside: bool, device: torch.device) -> None:
+    """Into its elements, or into the NaN round a view of it."""
+    x = memory.surrounded_by_nan(torch.ones(1, 10, device=device))
+    source = torch.zeros(16, device=device)
+    behind = x.as_strided((1,), (1,), x.storage_offset() + 10)
+    start, n = (behind, 1) if beside else (x[0], 10)
+    with pytest.raises(memory.ChangedInputError), memory.untouched({"a": [x]}):
+        copy_kernel[(1,)](source, start, n, n, n, BLOCK=16)
+    if beside:
+        assert torch.equal(x, torch.ones_like(x))
+    with memory.untouched(x, source):
+        copy_kernel[(1,)](source, torch.empty_like(source), n, n, n, BLOCK=16)
+
+
 def test_read_past_the_end_is_caught(device: torch.device) -> None:
     with pytest.raises(memory.GuardError), memory.guarded_outputs():
         assert copy(device, n_store=12, n_load=12).isnan().sum() == 0
@@ -108,3 +121,32 @@ def test_stray_address_is_caught(device: torch.device, overrun: dict[str, int]) 
         copy(device)
         with pytest.raises(triton.runtime.errors.InterpreterError, match="outside the arguments"):
             copy(device, **overrun)
+
+
+@triton.jit
+def sum_kernel(p_x, p_out, p_order, p_count, BLOCK: tl.constexpr):
+    """The sum in the order of arrival, and that order."""
+    i = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(p_order + i, tl.atomic_add(p_count, 1))
+    tl.atomic_add(p_out, tl.load(p_x + i))
+
+
+@needs_interpreter
+def test_a_sum_by_the_order_of_arrival_is_caught(device: torch.device) -> None:
+    """Every program runs once, in another order for every seed, and the planted sum has other bits."""
+    x = torch.randn(35, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run() -> tuple[float, list[int]]:
+        out, order = torch.zeros(1, device=device), torch.full((35,), -1, dtype=torch.int32, device=device)
+        sum_kernel[(7, 5)](x, out, order, torch.zeros(1, dtype=torch.int32, device=device), BLOCK=1)
+        return out.item(), order.tolist()
+
+    sums, orders = {}, {"own": run()[1]}
+    assert orders["own"] == list(range(35))
+    for seed in range(3):
+        with interpreter.permuted_programs(seed):
+            sums[seed], orders[seed] = run()
+        assert sorted(orders[seed]) == list(range(35))
+    assert orders[0] == list(range(34, -1, -1))
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert len({run()[0], *sums.values()}) > 1

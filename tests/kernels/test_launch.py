@@ -83,7 +83,9 @@ def test_split_covers_every_tile_once(programs: int, tiles: int) -> None:
 
 
 @pytest.mark.parametrize("scaling", [1, 2, 0.0, 0.5])
-def test_scaling_is_no_part_of_the_specialisation(scaling: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_is_no_part_of_the_specialisation(
+    scaling: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton compiles anew for some ints (1, multiples of 16), never for a float: launchers pass floats."""
     seen: list[object] = []
 
@@ -92,6 +94,6 @@ def test_scaling_is_no_part_of_the_specialisation(scaling: float, monkeypatch: p
             return lambda *arguments, **keywords: seen.extend(arguments[-3:])
 
     monkeypatch.setattr(rank_r_gemm, "rank_r_gemm_kernel", Recorder())
-    x, weight, a, b = torch.ones(3, 4), torch.ones(5, 4), torch.ones(2, 4), torch.ones(5, 2)
+    x, weight, a, b = (torch.ones(*shape, device=device) for shape in ((3, 4), (5, 4), (2, 4), (5, 2)))
     lora_forward(x, weight, None, a, b, scaling)
     assert [type(value) for value in seen] == [float] * 3

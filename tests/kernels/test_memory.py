@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fastpeft_kernels import lora_backward, lora_forward
-from tests.kernels import interpreter, memory
+from tests.kernels import memory
 from tests.kernels.reference import Problem, make_problem
 
 CASES = [
@@ -47,16 +46,6 @@ def in_nan(p: Problem) -> Problem:
     )
 
 
-@contextmanager
-def every_guard() -> Iterator[None]:
-    with memory.guarded_outputs():
-        if interpreter.ACTIVE:
-            with interpreter.checked_addresses():
-                yield
-        else:
-            yield
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("m", "k", "n", "r", "dropout_p"), CASES)
 def test_nothing_stray(
@@ -66,8 +55,9 @@ def test_nothing_stray(
     p = make_problem(m, k, n, r, dtype, device, adapter=torch.float32)
     p.dropout_p = dropout_p
     expected = dict(forward_and_backward(p))
-    with every_guard():
-        found = dict(forward_and_backward(in_nan(p)))
+    q = in_nan(p)
+    with memory.every_guard(q):
+        found = dict(forward_and_backward(q))
     for name, tensor in found.items():
         assert tensor is not None
         assert torch.isfinite(tensor).all(), f"{name}: NaN was read, or elements were not written"

@@ -24,13 +24,13 @@ from fastpeft_kernels import (
     lora_forward_single,
     row_norm,
 )
+from tests.device import DEVICE
 from tests.kernels.block_reference import Block, evaluate_block, run_block
 from tests.kernels.dora_reference import DoraProblem, evaluate_dora, run_dora
 from tests.kernels.memory import surrounded_by_nan
 from tests.kernels.reference import evaluate, run_lora
 from tests.kernels.test_dropout import recover_mask, seed_of
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Derandomised: CI has to say the same of the same code twice. The example count is the interpreter's price.

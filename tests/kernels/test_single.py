@@ -22,7 +22,7 @@ from fastpeft_kernels import (
     row_norm,
     single,
 )
-from tests.kernels import forward
+from tests.kernels import forward, memory
 from tests.kernels.dora_reference import DoraProblem, make_dora
 
 # (M, K, N, r): several tiles each way, none a multiple of a tile; r below its tile, on it, over K and N.
@@ -123,8 +123,8 @@ def test_nothing_stray(m: int, k: int, n: int, r: int, dtype: torch.dtype, devic
     p = make_dora(m, k, n, r, dtype, device, adapter=torch.float32)
     norm = given_norm(p)
     expected = [lora(p), dora(p), dora(p, norm=norm)]
-    with forward.every_guard():
-        q = forward.in_nan(p)
+    q = forward.in_nan(p)
+    with memory.every_guard(q, norm):
         found = [lora(q), dora(q), dora(q, norm=norm)]
     for before, after in zip(expected, found, strict=True):
         for name, tensor in after.items():
@@ -132,13 +132,13 @@ def test_nothing_stray(m: int, k: int, n: int, r: int, dtype: torch.dtype, devic
             assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("arch", ["sm_90", "gfx1100", "unaligned"])
 def test_shipped_tiles(arch: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(configs.TABLES, "interpreter", configs.TABLES[arch])
     p = make_dora(70, 50, 140, 20, torch.bfloat16, device, adapter=torch.float32)
-    if device.type == "cpu":
-        forward.check(p, lora(p), dora=False)
-        forward.check(p, dora(p), dora=True)
+    forward.check(p, lora(p), dora=False)
+    forward.check(p, dora(p), dora=True)
 
 
 def test_norm_where_no_row_covers_the_rank(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastpeft_kernels import Projection, configs, stacked_backward, stacked_forward
 from tests.kernels import memory
 from tests.kernels.block_reference import Block, Kind, evaluate_block, make_block, run_block, wants
-from tests.kernels.test_memory import every_guard
 from tests.kernels.test_numerics import DTYPES, spread
 from tests.tolerance import assert_within_rule
 
@@ -157,6 +156,34 @@ def test_output_without_gradient(absent: int, device: torch.device) -> None:
         assert_within_rule(found[name], reference[name], plain[name], name)
 
 
+@pytest.mark.parametrize("vendor", [False, True], ids=["fused", "vendor"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_guarded_rows(dtype: torch.dtype, vendor: bool, device: torch.device) -> None:
+    """m = 0, m near 0 and a zero row of one projection: no other row's bits move, nor its neighbours'."""
+    b = make_block(37, 50, QKV, dtype, device)
+    before = run_block(b, vendor_forward=vendor)
+    q = b.projections[1]
+    q = replace(q, **{f: getattr(q, f).clone() for f in ("weight", "lora_B", "magnitude", "norm")})
+    q.magnitude[3], q.magnitude[4] = 0.0, 1e-36  # type: ignore[index]
+    q.weight[5], q.lora_B[5], q.norm[5] = 0.0, 0.0, 0.0  # type: ignore[index]
+    b.projections[1] = q
+    after = run_block(b, vendor_forward=vendor)
+    others = torch.tensor([i for i in range(20) if i not in (3, 4, 5)], device=device)
+    for name, dim in {"y1": 1, "dB1": 0, "dm1": 0}.items():
+        found, same = (values[name].index_select(dim, others) for values in (after, before))
+        assert torch.equal(found, same), name
+    for name, tensor in after.items():
+        assert torch.isfinite(tensor).all(), name
+        if name not in ("dx", "y1", "dA1", "dB1", "dm1"):
+            assert torch.equal(tensor, before[name]), name
+    assert not after["y1"][:, 5].any()
+    assert not after["dB1"][5].any()
+    assert not after["dm1"][5].any()
+    if dtype != torch.float16:  # which cannot hold 2^-100 z
+        assert after["y1"][:, 3].any()
+        assert after["y1"][:, 3:5].abs().max() < 1e-28
+
+
 @pytest.mark.parametrize("asked", ["x", "A", "B", "m", "bias", "none"])
 def test_only_asked_for_gradients(asked: str, device: torch.device) -> None:
     """One at a time, of one projection, and None for the rest."""
@@ -206,23 +233,20 @@ def test_nothing_stray(
 
     b.x, b.dys = wrap(b.x), [wrap(dy) for dy in b.dys if dy is not None]
     b.projections = [change(p, wrap) for p in b.projections]
-    with every_guard():
+    with memory.every_guard(b):
         found = run_block(b)
     for name, tensor in found.items():
         assert torch.isfinite(tensor).all(), f"{name}: NaN was read, or elements were not written"
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_shipped_tiles(arch: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables of real devices, not the interpreter's, give the same numbers."""
     monkeypatch.setitem(configs.TABLES, "interpreter", configs.TABLES[arch])
-    if device.type == "cpu":
-        check(
-            make_block(
-                40, 50, [Kind(n=150, r=20), Kind(n=40, r=5, dora=True)], torch.bfloat16, device, dropout_p=0.3
-            )
-        )
+    kinds = [Kind(n=150, r=20), Kind(n=40, r=5, dora=True)]
+    check(make_block(40, 50, kinds, torch.bfloat16, device, dropout_p=0.3))
 
 
 @pytest.mark.parametrize(

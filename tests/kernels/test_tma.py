@@ -10,13 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpeft_kernels import configs, launch
 from fastpeft_kernels.primitives import RowScale
 from fastpeft_kernels.rank_r_gemm_tma import rank_r_gemm_tma, select
-from tests.kernels.interpreter import checked_addresses
-from tests.kernels.memory import guarded_outputs, surrounded_by_nan
+from tests.device import DEVICE
+from tests.kernels.memory import every_guard, surrounded_by_nan, untouched
+from tests.kernels.test_properties import assert_exact, exactly, layouts, scalings
 from tests.tolerance import assert_within_rule
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,6 +129,27 @@ def test_row_scale(bias: bool, keep_z: bool, dtype: torch.dtype, device: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_guarded_rows(dtype: torch.dtype, device: torch.device) -> None:
+    """A norm of 0 gives 0, m = 0 and m near 0 give 2^-100 z; no other row's bits move."""
+    product = Product(70, 48, 80, 5, dtype, device, bias=False, row_scale=True)
+    before, z_before = product.run(keep_z=True)
+    scale = product.row_scale
+    assert scale is not None
+    scale.magnitude[3], scale.magnitude[4], scale.norm[5] = 0.0, -1e-36, 0.0
+    after, z = product.run(keep_z=True)
+    others = [i for i in range(80) if i not in (3, 4, 5)]
+    assert torch.equal(after[:, others], before[:, others])
+    assert torch.equal(z, z_before)  # type: ignore[arg-type]
+    assert z is not None
+    assert not after[:, 5].any()
+    if dtype == torch.bfloat16:
+        assert torch.equal(after[:, 3], z[:, 3] * 2.0**-100)
+        assert torch.equal(after[:, 4], z[:, 4] * -(2.0**-100))
+    else:
+        assert not after[:, 3:5].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_fp32_adapters(dtype: torch.dtype, device: torch.device) -> None:
     product = Product(70, 48, 80, 40, dtype, device, adapter=torch.float32)
     assert product.bias is not None
@@ -144,11 +168,56 @@ def test_scale(scale: float, device: torch.device) -> None:
 def test_nothing_outside_is_read_or_written(by_columns: bool, device: torch.device) -> None:
     """Inputs lie in NaN, outputs between guards, and every address belongs to an element."""
     product = Product(70, 48, 80, 40, torch.bfloat16, device, by_columns=by_columns, row_scale=True)
+    expected = product.run(keep_z=True)
     product.p = surrounded_by_nan(product.p, padding=16)
     product.q = surrounded_by_nan(product.q.t(), 16).t() if by_columns else surrounded_by_nan(product.q, 16)
     product.low, product.r = surrounded_by_nan(product.low), surrounded_by_nan(product.r)
-    with guarded_outputs(), checked_addresses():
-        product.check(keep_z=True)
+    with every_guard(vars(product)):
+        out, z = product.run(keep_z=True)
+    assert z is not None
+    assert torch.equal(out, expected[0])
+    assert torch.equal(z, expected[1])  # type: ignore[arg-type]
+
+
+@st.composite
+def exact_products(draw: st.DrawFn) -> Product:
+    """-1, 0 and 1, factors of powers of two, rows that start on 16 elements, in NaN or not."""
+    m, r = draw(st.integers(1, 70)), draw(st.one_of(st.integers(1, 9), st.integers(10, 80)))
+    k, n = (16 * draw(st.integers(1, 5)) for _ in range(2))
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
+    adapter = draw(st.sampled_from([dtype, torch.float32]))
+    by_columns, padded = draw(st.booleans()), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def integers(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).to(DEVICE, to)
+
+    def laid(tensor: Tensor) -> Tensor:
+        return surrounded_by_nan(tensor, padding=16) if padded else tensor
+
+    product = Product(m, k, n, r, dtype, DEVICE, by_columns=by_columns)
+    product.p, product.low = laid(integers(m, k)), draw(layouts)(integers(m, r))
+    product.q = laid(integers(n, k)).t() if by_columns else laid(integers(k, n))
+    product.r = draw(layouts)(integers(r, n, to=adapter))
+    product.bias = draw(st.none() | st.just(integers(n, to=adapter)))
+    product.scale = draw(scalings)
+    if draw(st.booleans()):
+        c, norm = (
+            torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)].to(DEVICE)
+            for values in ([1.0, 2.0, -1.0, -2.0], [0.5, 1.0, 4.0])
+        )
+        product.row_scale = RowScale(magnitude=(c * norm).to(adapter), norm=norm)
+    return product
+
+
+@exactly
+@given(product=exact_products())
+def test_any_shape_exactly(product: Product) -> None:
+    """As in test_properties.py: the fp64 result rounded once, bit for bit."""
+    with untouched(vars(product)):
+        out, z = product.run(keep_z=product.row_scale is not None)
+    found = {"out": out} | ({} if z is None else {"z": z})
+    assert_exact(found, dict(zip(("out", "z"), product.plain(torch.float64), strict=True)), out.dtype)
 
 
 def test_runs_are_equal_to_the_bit(device: torch.device) -> None:

@@ -19,6 +19,9 @@ from bench.single import Shape
 from fastpeft_kernels import Projection, configs, lora, rank_r_gemm_tma, stacked
 from fastpeft_kernels.tile import down, gemm, grad
 
+# The counter counts in the interpreter, tensors it never touches: nothing here runs on a GPU.
+pytestmark = pytest.mark.interpreted
+
 SHAPE = Shape(M=256, K=128, N=384)
 
 # Tiles that divide the shape: every count can be done by hand.

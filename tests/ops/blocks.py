@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft_kernels.projection import Projection
+from tests.device import DEVICE
 from tests.kernels.test_dropout import recover_mask
 
 Kind = Literal["base", "lora", "dora"]
@@ -29,18 +30,18 @@ def projection(
     scaling: float = 0.7,
 ) -> Projection:
     g = torch.Generator().manual_seed(n * 31 + k * 7 + r)
-    weight = (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
+    weight = (torch.randn(n, k, generator=g) / k**0.5).to(DEVICE, dtype)
     made = Projection(weight=weight, scaling=scaling)
     if bias:
-        made = replace(made, bias=torch.randn(n, generator=g).to(dtype))
+        made = replace(made, bias=torch.randn(n, generator=g).to(DEVICE, dtype))
     if kind == "base":
         return made
-    lora_A = (torch.randn(r, k, generator=g) / k**0.5).to(adapter or dtype)
-    lora_B = (0.5 * torch.randn(n, r, generator=g) / r**0.5).to(adapter or dtype)
+    lora_A = (torch.randn(r, k, generator=g) / k**0.5).to(DEVICE, adapter or dtype)
+    lora_B = (0.5 * torch.randn(n, r, generator=g) / r**0.5).to(DEVICE, adapter or dtype)
     made = replace(made, lora_A=lora_A, lora_B=lora_B)
     if kind == "lora":
         return made
-    magnitude = weight.float().norm(dim=1) * (0.5 + torch.rand(n, generator=g))
+    magnitude = weight.float().norm(dim=1) * (0.5 + torch.rand(n, generator=g)).to(DEVICE)
     return replace(made, magnitude=magnitude.to(adapter or dtype))
 
 
@@ -78,10 +79,10 @@ def dropout_masks(
 ) -> list[Tensor]:
     """The masks that a block op draws for inputs of these shapes after ``torch.manual_seed(seed)``."""
     torch.manual_seed(seed)
-    seeds = draw_seeds(torch.empty(0), ps, backend)
+    seeds = draw_seeds(torch.empty(0, device=DEVICE), ps, backend)
     masks = []
     for shape, p, one in zip(shapes, ps, seeds.split(1), strict=True):
-        tokens = torch.empty(shape, dtype=dtype).flatten(0, -2)
+        tokens = torch.empty(shape, dtype=dtype, device=DEVICE).flatten(0, -2)
         if backend == "triton" and p > 0.0:
             mask = recover_mask(*tokens.shape, p, one) / (1 - p)
         else:

@@ -15,6 +15,7 @@ from fastpeft.ops import packed
 from fastpeft.ops.gated_mlp import gated_mlp, gated_mlp_reference
 from fastpeft.ops.stacked import stacked_linear, stacked_linear_reference
 from fastpeft_kernels.projection import Projection
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.models import llama
 from tests.ops.blocks import dropout_masks, leaves, projection, trained
@@ -72,7 +73,7 @@ def mlp(kind: str, dtype: torch.dtype = BF16) -> list[Projection]:
 
 
 def tokens(count: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(count)).to(dtype)
+    return torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(count)).to(DEVICE, dtype)
 
 
 def run(function, x: Tensor, projections: list[Projection], dtype=None, **options) -> list[Tensor]:
@@ -83,7 +84,7 @@ def run(function, x: Tensor, projections: list[Projection], dtype=None, **option
         options["masks"] = [m.to(x.dtype) for m in options["masks"]]
     ys = function(x, projections, **options)
     g = torch.Generator().manual_seed(5)
-    dys = [torch.randn(y.shape, generator=g).to(BF16).to(y.dtype) for y in ys]
+    dys = [torch.randn(y.shape, generator=g).to(DEVICE, BF16).to(y.dtype) for y in ys]
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *trained(projections)], dys)]
 
 

@@ -11,6 +11,7 @@ from torch.func import grad
 import fastpeft
 from bench.saved import count
 from fastpeft.ops.bottleneck import NonLinearity, bottleneck, bottleneck_reference
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
 
@@ -33,7 +34,7 @@ def tensors(shape, in_features, size, out_features, *, adapter=torch.float32, dt
         torch.randn(*s, generator=generator) / s[-1] ** 0.5
         for s in ((size, in_features), (size,), (out_features, size), (out_features,))
     ]
-    return [base.to(dtype), x.to(dtype), *(p.to(adapter) for p in parameters)]
+    return [base.to(DEVICE, dtype), x.to(DEVICE, dtype), *(p.to(DEVICE, adapter) for p in parameters)]
 
 
 def gradients(function, inputs, dy, dtype=None):
@@ -54,7 +55,7 @@ def in_series(function):
 def test_by_the_formula(series, non_linearity, dtype):
     options = {"non_linearity": non_linearity, "scaling": 1.5}
     everything = tensors((3, 21), 24, 10, 24 if series else 15, dtype=dtype)
-    dy = torch.randn(everything[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = torch.randn(everything[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
     def reference(base, x, *parameters):
         return bottleneck_reference(base, x, *parameters, **options)
@@ -74,12 +75,30 @@ def test_by_the_formula(series, non_linearity, dtype):
     assert all(g.dtype is torch.float32 for g in found[-4:])
 
 
+@pytest.mark.parametrize("scaling", [1.0, 1.5])
+@pytest.mark.parametrize("non_linearity", NAMES)
+@pytest.mark.parametrize("series", [True, False], ids=["series", "parallel"])
+def test_gradients_by_differences(series, non_linearity, scaling, backend):
+    if backend == "triton":
+        pytest.skip("the kernels take no fp64")
+    f64 = torch.float64
+    everything = tensors((2, 3), 5, 4, 5 if series else 3, adapter=f64, dtype=f64)
+    if series:
+        del everything[1]
+
+    def function(base, *rest):
+        given = (None, *rest) if series else rest
+        return bottleneck(base, *given, non_linearity=non_linearity, scaling=scaling)
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in everything])
+
+
 @pytest.mark.parametrize("non_linearity", NAMES)
 @pytest.mark.parametrize("series", [True, False], ids=["series", "parallel"])
 def test_what_is_kept(series, non_linearity, backend):
     T, size = 512, 6
     base, x, *parameters = tensors((T,), 20, size, 20)
-    leaf = torch.randn(T, 20, requires_grad=True)
+    leaf = torch.randn(T, 20).to(DEVICE).requires_grad_()
     options = {"non_linearity": non_linearity, "scaling": 1.0}
 
     def kept(*, trained):
@@ -106,13 +125,13 @@ def test_nothing_is_kept_where_nothing_wants_a_gradient():
     parameters[3].requires_grad_()
     y = bottleneck(base, x, *parameters, non_linearity="gelu", scaling=1.0)
     y.sum().backward()
-    assert torch.equal(parameters[3].grad, torch.full((20,), 64.0))
+    assert torch.equal(parameters[3].grad, torch.full((20,), 64.0, device=DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 0, 3), (2, 3)], ids=str)
 def test_shapes(shape):
     base, x, *parameters = tensors(shape, 5, 3, 7)
-    strided = torch.empty(*shape, 10)[..., ::2].copy_(x).requires_grad_()
+    strided = torch.empty(*shape, 10, device=DEVICE)[..., ::2].copy_(x).requires_grad_()
     y = bottleneck(base, strided, *parameters, non_linearity="silu", scaling=2.0)
     expected = bottleneck_reference(base, x, *parameters, "silu", 2.0)
     torch.testing.assert_close(y, expected)
@@ -131,8 +150,8 @@ def test_compiled_and_transformed(series, backend):
     everything = (base, x, *parameters)
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    eager = gradients(loss, everything, torch.ones(()))
-    traced = gradients(compiled, everything, torch.ones(()))
+    eager = gradients(loss, everything, torch.ones((), device=DEVICE))
+    traced = gradients(compiled, everything, torch.ones((), device=DEVICE))
     transformed = grad(loss, argnums=tuple(range(6)))(*everything)
     for place, (a, b) in enumerate(zip(eager, traced, strict=True)):
         if a is None:
@@ -149,7 +168,7 @@ def test_compiled_and_transformed(series, backend):
 
 def test_autocast_takes_the_outputs_dtype():
     base, x, *parameters = tensors((4, 9), 12, 5, 7)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = bottleneck(base.bfloat16(), x, *parameters, non_linearity="relu", scaling=1.0)
     assert y.dtype is torch.bfloat16
 

@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastpeft
+from bench.saved import count
 from fastpeft.ops import row_norm as row_norms
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.features import scale_features
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule, relative_error
 
@@ -42,15 +44,17 @@ def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
 
 def problem(batch, k, n, r, dtype, *, adapter=None, bias=True) -> dict[str, Tensor | None]:
     g = torch.Generator().manual_seed(k * 31 + n * 7 + r)
-    weight = (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
-    return {
-        "x": torch.randn(*batch, k, generator=g).to(dtype),
+    weight = (torch.randn(n, k, generator=g) / k**0.5).to(DEVICE, dtype)
+    tensors = {
+        "x": torch.randn(*batch, k, generator=g).to(DEVICE, dtype),
         "weight": weight,
-        "bias": torch.randn(n, generator=g).to(dtype) if bias else None,
-        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(adapter or dtype),
-        "lora_B": (0.3 * torch.randn(n, r, generator=g) / r**0.5).to(adapter or dtype),
-        "magnitude": (weight.float().norm(dim=1) * (0.5 + torch.rand(n, generator=g))).to(adapter or dtype),
+        "bias": torch.randn(n, generator=g).to(DEVICE, dtype) if bias else None,
+        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(DEVICE, adapter or dtype),
+        "lora_B": (0.3 * torch.randn(n, r, generator=g) / r**0.5).to(DEVICE, adapter or dtype),
     }
+    factors = (0.5 + torch.rand(n, generator=g)).to(DEVICE)
+    tensors["magnitude"] = (weight.float().norm(dim=1) * factors).to(adapter or dtype)
+    return tensors
 
 
 def leaves(tensors, dtype=None) -> list[Tensor | None]:
@@ -71,7 +75,7 @@ def ours(*arguments, **options):
 
 def run(function, arguments, dtype, **options) -> list[Tensor]:
     y = function(*arguments, **options)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype).to(y.dtype)
     trained = [a for a in arguments if a is not None and a.requires_grad]
     return [y, *torch.autograd.grad(y, trained, dy)]
 
@@ -160,6 +164,48 @@ def test_gradcheck_fp64_against_numbers(backend, bias, options):
     assert torch.autograd.gradcheck(function, (x, m))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.3}, {"dropout_p": 0.3, "dropout_on_base": False}],
+    ids=["plain", "dropout", "adapter-dropout"],
+)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_gradcheck_fp64_of_everything_beside_a_given_norm(backend, bias, options):
+    """The norm given is a constant to numbers as it is to the op: A and B can be checked as well."""
+    if backend == "triton":
+        pytest.skip("the kernels take no fp64")
+    t = problem((2, 3), 5, 4, 2, torch.float64, bias=bias)
+    norm = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
+    trained = [name for name in ORDER if name != "weight" and t[name] is not None]
+
+    def function(*given):
+        torch.manual_seed(0)
+        tensors = t | dict(zip(trained, given, strict=True))
+        return ours(*(tensors[name] for name in ORDER), norm=norm, **options)
+
+    assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in trained])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_magnitude_zero_in_16_bits(dtype, bias):
+    """fp16 cannot hold 2^-100 z in y, and keeps z; bf16 can, and reads it back from y."""
+    tensors = problem((60,), 24, 60, 4, dtype, adapter=torch.float32, bias=bias)
+    magnitude = tensors["magnitude"].clone()
+    magnitude[2] *= 3  # c is far from 1 with and without the guard: one way of scaling for both
+    tensors["magnitude"] = magnitude.clone()
+    clean = run(ours, leaves(tensors), dtype)
+    magnitude[3], magnitude[4] = 0.0, -1e-35
+    tensors["magnitude"] = magnitude
+    check(tensors)
+    got = run(ours, leaves(tensors), dtype)
+    others = [i for i in range(60) if i not in (3, 4)]
+    assert torch.equal(got[0][:, others], clean[0][:, others])
+    assert torch.equal(got[-1][others], clean[-1][others])
+    assert got[-1][3].abs() > 0
+    assert got[-1][4].abs() > 0
+
+
 def test_magnitude_zero_and_zero_rows():
     tensors = problem((6,), 16, 12, 4, torch.float32, bias=False)
     clean = run(ours, leaves(tensors), torch.float32)
@@ -175,8 +221,14 @@ def test_magnitude_zero_and_zero_rows():
     tensors["weight"][5] = 0.0
     tensors["lora_B"] = tensors["lora_B"].clone()
     tensors["lora_B"][5] = 0.0
-    for result in run(ours, leaves(tensors), torch.float32):
+    zero = run(ours, leaves(tensors), torch.float32)
+    for result in zero:
         assert torch.isfinite(result).all()
+    others = [i for i in range(12) if i not in (3, 5)]
+    assert torch.equal(zero[0][:, others], clean[0][:, others])
+    assert torch.equal(zero[-1][others], clean[-1][others])
+    assert not zero[0][:, 5].any()
+    assert zero[-1][5] == 0
 
 
 def test_factored_norm_is_the_norm():
@@ -186,11 +238,12 @@ def test_factored_norm_is_the_norm():
     direct = (t["weight"] + SCALING * t["lora_B"] @ t["lora_A"]).norm(dim=1)
     torch.testing.assert_close(factored, direct)
     # An update that cancels the row leaves rounding below zero under the root: clamped, not NaN.
-    W = torch.randn(3, 4)
-    assert torch.isfinite(row_norm(W, torch.eye(4), -W, 1.0, row_norm_squared(W))).all()
+    W = torch.randn(3, 4).to(DEVICE)
+    assert torch.isfinite(row_norm(W, torch.eye(4, device=DEVICE), -W, 1.0, row_norm_squared(W))).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a way for CPUs alone")
 def test_the_norm_by_fp32_blocks(dtype, force_products):
     t = problem((1,), 40, 70, row_norms.MIN_RANK, dtype)
     names = ("weight", "lora_A", "lora_B")
@@ -239,10 +292,35 @@ def test_no_out_by_in_temporary():
     assert not {shape for shape in spy.shapes if shape in ((56, 48), (48, 56))}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.3}, {"dropout_p": 0.3, "dropout_on_base": False}],
+    ids=["plain", "dropout", "adapter-dropout"],
+)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_one_output_s_the_norm_and_the_seed_are_saved(backend, bias, options):
+    """To the byte, beyond x and the parameters: y itself, or z in its place; no copy of x, no mask."""
+    tokens, n, r = 64, 56, 4
+    tensors = problem((tokens,), 48, n, r, torch.bfloat16, adapter=torch.float32, bias=bias)
+    arguments = leaves(tensors)
+    given = [t for t in arguments if t is not None]
+    found = count(lambda: ours(*arguments, **options).sum(), given)
+    expected = 2 * tokens * (n + r) + 4 * n + 8 * bool(options)
+    assert found[0] == expected
+    if backend == "torch":  # the interpreter holds memory of its own
+        assert found[1] == expected
+    norm = torch.ones(n, device=DEVICE)  # kept by the caller: the output, S and the seed
+    found = count(lambda: ours(*arguments, norm=norm, **options).sum(), [*given, norm])
+    assert found[0] == expected - 4 * n
+    arguments[-1].requires_grad_(False)  # a frozen magnitude: no output
+    found = count(lambda: ours(*arguments, norm=norm, **options).sum(), [*given, norm])
+    assert found[0] == 2 * tokens * r + 8 * bool(options)
+
+
 def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
-    y = torch.randn(300, 40).bfloat16()
+    y = torch.randn(300, 40).to(DEVICE, torch.bfloat16)
     for spread in (1e-3, 0.4, 5.0):
-        c = 1 + spread * (2 * torch.rand(40) - 1)
+        c = 1 + spread * (2 * torch.rand(40).to(DEVICE) - 1)
         exact = y.double() * c.double()
         ours_error = relative_error(scale_features(y, c), exact)
         rounding = relative_error(exact.bfloat16(), exact)  # the least any bf16 result can be off
@@ -250,9 +328,9 @@ def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
 
 
 def test_scale_features_far_from_one_leaves_the_other_features_bits():
-    y, c = torch.randn(300, 40).bfloat16(), 1 + 0.1 * torch.rand(40)
+    y, c = torch.randn(300, 40).to(DEVICE, torch.bfloat16), 1 + 0.1 * torch.rand(40).to(DEVICE)
     near = scale_features(y, c)
-    c[[3, 17]] = torch.tensor([0.0, -7.0])
+    c[[3, 17]] = torch.tensor([0.0, -7.0], device=DEVICE)
     for out in (None, y.clone()):
         mixed = scale_features(y if out is None else out, c, out=out)
         others = [i for i in range(40) if i not in (3, 17)]
@@ -260,7 +338,7 @@ def test_scale_features_far_from_one_leaves_the_other_features_bits():
         assert torch.equal(mixed[:, [3, 17]], (y[:, [3, 17]].float() * c[[3, 17]]).bfloat16())
 
 
-def test_opcheck_and_compile():
+def test_opcheck_and_compile(backend):
     for bias in (True, False):
         arguments = leaves(problem((2, 3), 16, 16, 2, torch.float32, bias=bias))
         t = dict(zip(ORDER, (a if a is None else a.detach() for a in arguments), strict=True))
@@ -268,7 +346,7 @@ def test_opcheck_and_compile():
         for given in (None, norm):
             torch.library.opcheck(
                 torch.ops.fastpeft.dora_linear.default,
-                (*arguments, given, SCALING, [0.0], None, None, False, "torch"),
+                (*arguments, given, SCALING, [0.0], None, None, False, backend),
             )
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), ours(*arguments))
@@ -278,7 +356,7 @@ def test_norm_stays_fp32_under_autocast():
     tensors = problem((5,), 32, 24, 4, torch.float32, bias=False)
     t = {k: v for k, v in tensors.items() if v is not None}
     outside = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = row_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING, row_norm_squared(t["weight"]))
         y = ours(*leaves(tensors))
     assert torch.equal(inside, outside)
@@ -288,11 +366,11 @@ def test_norm_stays_fp32_under_autocast():
 def test_wrong_magnitude_shape_is_named():
     arguments = leaves(problem((2,), 16, 12, 2, torch.float32))
     with pytest.raises(fastpeft.ShapeError, match=r"expected magnitude \[12\], got \[11\]"):
-        ours(*arguments[:5], torch.ones(11))
+        ours(*arguments[:5], torch.ones(11, device=DEVICE))
 
 
 def test_autocast_is_the_same_compiled_and_eager():
     arguments = leaves(problem((5,), 32, 24, 4, torch.float32, bias=False))
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert torch.equal(compiled(*arguments), ours(*arguments))

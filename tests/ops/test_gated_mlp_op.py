@@ -14,6 +14,7 @@ import fastpeft
 from fastpeft.ops import gated_mlp_torch, packed
 from fastpeft.ops.gated_mlp import activated, gated_mlp, gated_mlp_reference
 from fastpeft.ops.projections import linear, with_norm
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.ops import blocks
 from tests.ops.blocks import leaves, projection, trained
@@ -52,7 +53,7 @@ def backend(request: pytest.FixtureRequest, force_products, monkeypatch: pytest.
 
 
 def problem(batch, k, f, n, kinds, dtype, adapter=None):
-    x = torch.randn(*batch, k, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x = torch.randn(*batch, k, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     sizes = [(f, k), (f, k), (n, f)]
     projections = [
         projection(out, into, r, kind, bias=bias, dtype=dtype, adapter=adapter, scaling=0.5 + 0.2 * i)
@@ -83,7 +84,7 @@ def run(function, x, projections, dtype=None, masks=None, **options) -> list[Ten
     if masks is not None:
         options["masks"] = [m.to(x.dtype) for m in masks]
     y = function(x, projections, **options)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(own).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, own).to(y.dtype)
     return [y, *torch.autograd.grad(y, [x, *trained(projections)], dy)]
 
 
@@ -145,7 +146,7 @@ def test_strided_inputs(layout):
     for t in (x, *trained(projections)):
         t.requires_grad_()
     y = ours(x, projections)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     dy = dy.transpose(0, 1).contiguous().transpose(0, 1)  # rows out of order
     torch.testing.assert_close([y, *torch.autograd.grad(y, [x, *trained(projections)], dy)], expected)
 
@@ -297,16 +298,9 @@ def test_gradcheck_fp64(activation, dropout_p):
     x, projections = problem(
         (2, 2), 3, 4, 3, [(2, LORA, True), (1, DORA, True), (2, DORA, False)], torch.float64
     )
-    projections = leaves(projections)
-    # DoRA's c is detached, as in the paper's section 4.3: numbers check only what does not move the norm.
-    inputs = [x.requires_grad_()]
-    for p in projections:
-        inputs += [t for t in (p.bias, p.magnitude) if t is not None]
-        if p.magnitude is None:
-            inputs += [p.lora_A, p.lora_B]
-        else:
-            p.lora_A.requires_grad_(False)
-            p.lora_B.requires_grad_(False)
+    # DoRA's c is detached, as in the paper's section 4.3: with the norm given, numbers see it so too.
+    projections = [with_norm(p) for p in leaves(projections)]
+    inputs = [x.requires_grad_(), *trained(projections)]
 
     def function(*_):
         torch.manual_seed(0)
@@ -330,7 +324,7 @@ def test_opcheck(seeded, backend):
     x, projections = small(kinds=((4, LORA, True), (2, DORA, True), (3, DORA, False)))
     projections = leaves(projections)
     projections[1] = with_norm(projections[1])  # one norm given, the other left to the op
-    seeds = torch.tensor([3, 4, 5]) if seeded else None
+    seeds = torch.tensor([3, 4, 5], device=DEVICE if backend == "triton" else "cpu") if seeded else None
     ps = [0.3, 0.3, 0.3] if seeded else [0.0] * 3
     arguments = (x.requires_grad_(), *packed.pack(projections), "silu", ps, None, seeds, True, backend)
     torch.library.opcheck(torch.ops.fastpeft.gated_mlp.default, arguments)
@@ -355,7 +349,7 @@ def test_one_graph_serves_every_length():
 
     compiled = torch.compile(gated_mlp, backend=count, dynamic=True, fullgraph=True)
     for length in (5, 7, 11, 13):  # none of them a size of the projections: dynamo would tie them
-        x = torch.randn(2, length, 10)
+        x = torch.randn(2, length, 10).to(DEVICE)
         torch.testing.assert_close(compiled(x, *projections), ours(x, projections))
     assert len(graphs) == 1
 
@@ -363,7 +357,7 @@ def test_one_graph_serves_every_length():
 def test_autocast_computes_in_its_dtype_compiled_or_not():
     x, projections = small()
     compiled = torch.compile(gated_mlp, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = run(ours, x, projections)
         traced = run(lambda x, projections: compiled(x, *projections), x, projections)
     assert inside[0].dtype is torch.bfloat16
@@ -391,20 +385,43 @@ def test_a_trainable_base_weight_gets_its_gradient():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The kernels in every dtype: tests/kernels/test_glu.py.
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((way, dtype) for way in TORCH for dtype in DTYPES), ("triton", torch.bfloat16)],
+    indirect=["backend"],
+    ids=str,
+)
 def test_magnitude_zero_and_zero_rows(dtype):
     x, projections = problem((60,), 20, 28, 22, [(4, DORA, False)] * 3, dtype, torch.float32)
     for i, p in enumerate(projections):
         magnitude = p.magnitude.clone()
-        magnitude[3] = 0.0
+        magnitude[2] *= 3  # c is far from 1 with and without the guard: one way of scaling for both
         projections[i] = replace(p, magnitude=magnitude)
-    check(x, projections)
-    for i, p in enumerate(projections):
-        weight, lora_B = p.weight.clone(), p.lora_B.clone()
+    clean = run(ours, x, projections)
+    magnitudes = [2 + blocks.names(projections).index(f"magnitude of {i}") for i in range(3)]
+
+    def guarded(p):
+        magnitude, weight, lora_B = p.magnitude.clone(), p.weight.clone(), p.lora_B.clone()
+        magnitude[3], magnitude[4] = 0.0, 1e-35
+        yield replace(p, magnitude=magnitude)
         weight[5], lora_B[5] = 0.0, 0.0
-        projections[i] = replace(p, weight=weight, lora_B=lora_B)
-    for result in run(ours, x, projections):
-        assert torch.isfinite(result).all()
+        yield replace(p, magnitude=magnitude, weight=weight, lora_B=lora_B)
+
+    for i, p in enumerate(projections):
+        for rows, changed in zip(((3, 4), (3, 4, 5)), guarded(p), strict=True):
+            guards = [*projections[:i], changed, *projections[i + 1 :]]
+            if len(rows) == 2:  # the reference divides by the norm of a zero row
+                check(x, guards)
+            found = run(ours, x, guards)
+            for result in found:
+                assert torch.isfinite(result).all()
+            # Of gate and up every gradient by row, of down its outputs too: no other row's bits move.
+            at = magnitudes[i]
+            others = [j for j in range(len(changed.magnitude)) if j not in rows]
+            assert torch.equal(found[at][others], clean[at][others])
+            if i == 2:
+                assert torch.equal(found[0][:, others], clean[0][:, others])
 
 
 def test_meta_tensors_give_shapes():
@@ -419,10 +436,14 @@ def test_meta_tensors_give_shapes():
 @pytest.mark.parametrize(
     ("which", "changes", "said"),
     [
-        (0, {"lora_A": torch.zeros(4, 9)}, r"gate: expected lora_A \[r, 10\].*got lora_A \[4, 9\]"),
-        (1, {"bias": torch.zeros(7)}, r"up: expected bias \[12\], got \[7\]"),
-        (1, {"magnitude": torch.zeros(7)}, r"up: expected magnitude \[12\], got \[7\]"),
-        (2, {"weight": torch.zeros(8, 11)}, r"down: .*x \[3, 4, 12\] and weight \[8, 11\]"),
+        (
+            0,
+            {"lora_A": torch.zeros(4, 9, device=DEVICE)},
+            r"gate: expected lora_A \[r, 10\].*got lora_A \[4, 9\]",
+        ),
+        (1, {"bias": torch.zeros(7, device=DEVICE)}, r"up: expected bias \[12\], got \[7\]"),
+        (1, {"magnitude": torch.zeros(7, device=DEVICE)}, r"up: expected magnitude \[12\], got \[7\]"),
+        (2, {"weight": torch.zeros(8, 11, device=DEVICE)}, r"down: .*x \[3, 4, 12\] and weight \[8, 11\]"),
         (2, {"lora_A": None, "lora_B": None}, r"down: expected lora_A and lora_B beside a magnitude"),
     ],
 )

@@ -13,6 +13,7 @@ import fastpeft_kernels
 from fastpeft import choice
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.lora import lora_linear, lora_linear_reference
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
 
@@ -59,7 +60,7 @@ def problem(tokens: int, r: int, *, dora: bool, bias: bool = True) -> dict[str, 
         tensors["bias"] = torch.randn(72, generator=g)
     if dora:
         tensors["magnitude"] = 1 + torch.rand(72, generator=g)
-    return tensors
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
 
 def run(t: dict[str, Tensor], dtype: torch.dtype, *, reference: bool) -> list[Tensor]:
@@ -72,7 +73,7 @@ def run(t: dict[str, Tensor], dtype: torch.dtype, *, reference: bool) -> list[Te
         function = lora_linear_reference if reference else lora_linear
         y = function(*arguments, scaling=SCALING)
     trained = [t[name] for name in NAMES if name in t]
-    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(torch.bfloat16).to(dtype)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(DEVICE, torch.bfloat16).to(dtype)
     return [y.detach(), *torch.autograd.grad(y, trained, dy)]
 
 

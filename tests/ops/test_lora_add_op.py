@@ -11,6 +11,7 @@ from torch import Tensor
 import fastpeft
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.lora_add import lora_add, lora_add_reference
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
 
@@ -36,10 +37,10 @@ def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
 def problem(batch, k, n, r, dtype, adapter=None) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(k * 31 + n * 7 + r)
     return {
-        "base": torch.randn(*batch, n, generator=g).to(dtype),
-        "x": torch.randn(*batch, k, generator=g).to(dtype),
-        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(adapter or dtype),
-        "lora_B": (torch.randn(n, r, generator=g) / r**0.5).to(adapter or dtype),
+        "base": torch.randn(*batch, n, generator=g).to(DEVICE, dtype),
+        "x": torch.randn(*batch, k, generator=g).to(DEVICE, dtype),
+        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(DEVICE, adapter or dtype),
+        "lora_B": (torch.randn(n, r, generator=g) / r**0.5).to(DEVICE, adapter or dtype),
     }
 
 
@@ -47,7 +48,8 @@ def run(tensors: dict[str, Tensor], function, dtype: torch.dtype | None = None) 
     """Return y and the gradients of all four for one fixed dY."""
     cast = [(t if dtype is None else t.to(dtype)).detach().clone().requires_grad_() for t in tensors.values()]
     y = function(*cast)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(tensors["x"].dtype).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    dy = dy.to(DEVICE, tensors["x"].dtype).to(y.dtype)
     return [y, *torch.autograd.grad(y, cast, dy)]
 
 
@@ -72,7 +74,7 @@ def test_two_times_rule(batch, k, n, r, dtype, adapter):
 def test_base_is_overwritten_only_where_allowed(overwrite):
     tensors = problem((4, 6), 16, 24, 4, torch.float32)
     leaves = [tensors[name].requires_grad_() for name in NAMES[1:]]
-    weight = torch.randn(24, 16)
+    weight = torch.randn(24, 16).to(DEVICE)
     base = torch.nn.functional.linear(tensors["x"], weight)
     before, address = base.detach().clone(), base.data_ptr()
     y = lora_add(base, *leaves, scaling=SCALING, overwrite=overwrite)
@@ -146,13 +148,11 @@ def test_what_is_saved(backend):
 
 
 def test_compiles_whole_and_passes_opcheck(backend):
-    if backend == "triton":
-        pytest.skip("the interpreter cannot be compiled")
     tensors = problem((3, 5), 16, 24, 4, torch.float32)
     leaves = [t.requires_grad_() for t in tensors.values()]
     torch.library.opcheck(
         torch.ops.fastpeft.lora_add.default,
-        (*leaves, SCALING, [0.0], None, None, "torch"),
+        (*leaves, SCALING, [0.0], None, None, backend),
         raise_exception=True,
     )
     compiled = torch.compile(

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from bench.saved import count
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.lora import lora_linear, lora_linear_reference
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.tolerance import assert_within_rule
 
@@ -48,13 +50,13 @@ def problem(
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(k * 31 + n * 7 + r)
     tensors = {
-        "x": torch.randn(*batch, k, generator=g).to(dtype),
-        "weight": (torch.randn(n, k, generator=g) / k**0.5).to(dtype),
-        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(adapter or dtype),
-        "lora_B": (torch.randn(n, r, generator=g) / r**0.5).to(adapter or dtype),
+        "x": torch.randn(*batch, k, generator=g).to(DEVICE, dtype),
+        "weight": (torch.randn(n, k, generator=g) / k**0.5).to(DEVICE, dtype),
+        "lora_A": (torch.randn(r, k, generator=g) / k**0.5).to(DEVICE, adapter or dtype),
+        "lora_B": (torch.randn(n, r, generator=g) / r**0.5).to(DEVICE, adapter or dtype),
     }
     if bias:
-        tensors["bias"] = torch.randn(n, generator=g).to(dtype)
+        tensors["bias"] = torch.randn(n, generator=g).to(DEVICE, dtype)
     return tensors
 
 
@@ -64,7 +66,8 @@ def run(tensors: dict[str, Tensor], function, dtype: torch.dtype | None = None, 
     trained = [cast[name].requires_grad_() for name in ("x", "lora_A", "lora_B", "bias") if name in cast]
     arguments = [cast["x"], cast["weight"], cast.get("bias"), cast["lora_A"], cast["lora_B"]]
     y = function(*arguments) if mask is None else function(*arguments, mask.to(y_dtype(cast)))
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(tensors["x"].dtype).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    dy = dy.to(DEVICE, tensors["x"].dtype).to(y.dtype)
     return [y, *torch.autograd.grad(y, trained, dy)]
 
 
@@ -123,7 +126,7 @@ def test_strided_inputs(layout):
         assert torch.equal(a, p)
         a.requires_grad_(a is not strided["weight"])
         p.requires_grad_(p is not tensors["weight"])
-    dy = torch.randn(6, 4, 24).transpose(0, 1)  # a gradient whose rows are not in order either
+    dy = torch.randn(6, 4, 24).to(DEVICE).transpose(0, 1)  # a gradient whose rows are not in order either
     wanted = [0, 2, 3, 4]
     got = torch.autograd.grad(ours(*args), [args[i] for i in wanted], dy)
     expected = torch.autograd.grad(reference(*plain), [plain[i] for i in wanted], dy)
@@ -153,6 +156,21 @@ def test_a_frozen_lora_a_saves_no_input():
         ):
             ours(*(arguments[n] for n in ("x", "weight", "bias", "lora_A", "lora_B")))
         assert (tensors["x"].untyped_storage().data_ptr() in saved) is expected
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_s_and_the_seed_are_saved(backend, bias, dropout_p):
+    """To the byte, beyond x and the parameters: no copy of x, no mask, no output."""
+    tensors = problem((64,), 48, 56, 4, torch.bfloat16, adapter=torch.float32, bias=bias)
+    names = ("x", "weight", "bias", "lora_A", "lora_B")
+    arguments = [tensors.get(n) for n in names]
+    given = [t.requires_grad_(n != "weight") for n, t in tensors.items()]
+    found = count(lambda: lora_linear(*arguments, scaling=SCALING, dropout_p=dropout_p).sum(), given)
+    expected = 2 * 64 * 4 + 8 * (dropout_p > 0)
+    assert found[0] == expected
+    if backend == "torch":  # the interpreter holds memory of its own
+        assert found[1] == expected
 
 
 def test_dropout_is_drawn_again_in_backward(backend):
@@ -254,7 +272,7 @@ def test_autocast_computes_in_its_dtype(backend):
     arguments = [
         tensors[n].requires_grad_(n != "weight") for n in ("x", "weight", "bias", "lora_A", "lora_B")
     ]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = ours(*arguments)
         gradients = torch.autograd.grad(y.sum(), [arguments[0], arguments[3]])
     assert y.dtype is torch.bfloat16
@@ -282,7 +300,7 @@ def test_a_trainable_base_weight_gets_its_gradient():
     ],
 )
 def test_wrong_shapes_are_named(name, shape, said):
-    tensors = {**problem((4,), 16, 12, 2, torch.float32), name: torch.zeros(shape)}
+    tensors = {**problem((4,), 16, 12, 2, torch.float32), name: torch.zeros(shape, device=DEVICE)}
     with pytest.raises(fastpeft.ShapeError) as error:
         ours(*(tensors[n] for n in ("x", "weight", "bias", "lora_A", "lora_B")))
     assert said in str(error.value)
@@ -315,7 +333,7 @@ def test_one_graph_serves_every_length():
     compiled = torch.compile(ours, backend=count, dynamic=True, fullgraph=True)
     rest = [tensors[n] for n in ("weight", "bias", "lora_A", "lora_B")]
     for length in (3, 5, 7, 11):
-        x = torch.randn(2, length, 16)
+        x = torch.randn(2, length, 16).to(DEVICE)
         torch.testing.assert_close(compiled(x, *rest), ours(x, *rest))
     assert len(graphs) == 1
 

@@ -15,6 +15,7 @@ import fastpeft
 from fastpeft.ops import packed
 from fastpeft.ops.projections import linear, with_norm
 from fastpeft.ops.stacked import stacked_linear, stacked_linear_reference
+from tests.device import DEVICE
 from tests.kernels import interpreter
 from tests.ops import blocks
 from tests.ops.blocks import leaves, projection, trained
@@ -53,7 +54,7 @@ def backend(request: pytest.FixtureRequest, force_products) -> Iterator[str]:
 
 
 def problem(batch, k, shapes, dtype, adapter=None):
-    x = torch.randn(*batch, k, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x = torch.randn(*batch, k, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     return x, [projection(n, k, r, kind, bias=b, dtype=dtype, adapter=adapter) for n, r, kind, b in shapes]
 
 
@@ -66,7 +67,7 @@ def run(function, x, projections, dtype=None, masks=None, **options) -> list[Ten
         options["masks"] = [m.to(x.dtype) for m in masks]
     ys = function(x, projections, **options)
     g = torch.Generator().manual_seed(5)
-    dys = [torch.randn(y.shape, generator=g).to(own).to(y.dtype) for y in ys]
+    dys = [torch.randn(y.shape, generator=g).to(DEVICE, own).to(y.dtype) for y in ys]
     return [*ys, *torch.autograd.grad(ys, [x, *trained(projections)], dys)]
 
 
@@ -123,7 +124,7 @@ def test_strided_inputs(layout):
         t.requires_grad_()
     ys = stacked_linear(x, projections)
     g = torch.Generator().manual_seed(5)
-    dys = [torch.randn(y.shape, generator=g) for y in ys]
+    dys = [torch.randn(y.shape, generator=g).to(DEVICE) for y in ys]
     dys[0] = dys[0].transpose(0, 1).contiguous().transpose(0, 1)  # rows out of order
     got = [*ys, *torch.autograd.grad(ys, [x, *trained(projections)], dys)]
     torch.testing.assert_close(got, expected)
@@ -261,9 +262,10 @@ def test_dora_with_dropout_is_the_single_ops():
 def test_half_of_the_elements_are_dropped_and_the_mean_is_kept():
     k, tokens = 64, 400
     eye = projection(k, k, k)
-    eye = replace(eye, weight=torch.zeros(k, k), lora_A=torch.eye(k), lora_B=torch.eye(k), scaling=1.0)
+    unit = torch.eye(k, device=DEVICE)
+    eye = replace(eye, weight=torch.zeros_like(unit), lora_A=unit, lora_B=unit.clone(), scaling=1.0)
     torch.manual_seed(0)
-    first, second = stacked_linear(torch.ones(tokens, k), [eye, eye], dropout_p=0.5)
+    first, second = stacked_linear(torch.ones(tokens, k, device=DEVICE), [eye, eye], dropout_p=0.5)
     for y in (first, second):
         assert set(y.unique().tolist()) == {0.0, 2.0}
         assert abs(y.mean().item() - 1.0) < 5 * 1.0 / (tokens * k) ** 0.5  # five standard deviations
@@ -303,16 +305,9 @@ def test_same_seed_same_bits():
 def test_gradcheck_fp64(dropout_p):
     shapes = [(4, 2, LORA, True), (3, 1, DORA, True), (3, 2, DORA, False), (2, 0, BASE, True)]
     x, projections = problem((2, 3), 5, shapes, torch.float64)
-    projections = leaves(projections)
-    # DoRA's c is detached, as in the paper's section 4.3: numbers check only what does not move the norm.
-    inputs = [x.requires_grad_()]
-    for p in projections:
-        inputs += [t for t in (p.bias, p.magnitude) if t is not None]
-        if p.magnitude is None:
-            inputs += [t for t in (p.lora_A, p.lora_B) if t is not None]
-        else:
-            p.lora_A.requires_grad_(False)
-            p.lora_B.requires_grad_(False)
+    # DoRA's c is detached, as in the paper's section 4.3: with the norm given, numbers see it so too.
+    projections = [with_norm(p) for p in leaves(projections)]
+    inputs = [x.requires_grad_(), *trained(projections)]
 
     def function(*_):
         torch.manual_seed(0)
@@ -337,7 +332,7 @@ def test_opcheck(seeded, backend):
     projections = leaves(projections)
     # One norm given, the other left to the op.
     projections[1] = with_norm(projections[1])
-    seeds = torch.tensor([3, 4, 5]) if seeded else None
+    seeds = torch.tensor([3, 4, 5], device=DEVICE if backend == "triton" else "cpu") if seeded else None
     ps = [0.3, 0.3, 0.3] if seeded else [0.0] * 3
     arguments = (x.requires_grad_(), *packed.pack(projections), ps, None, seeds, backend)
     torch.library.opcheck(torch.ops.fastpeft.stacked_linear.default, arguments)
@@ -361,7 +356,7 @@ def test_one_graph_serves_every_length():
 
     compiled = torch.compile(stacked_linear, backend=count, dynamic=True, fullgraph=True)
     for length in (5, 7, 11, 13):  # none of them a size of the projections: dynamo would tie them
-        x = torch.randn(2, length, 16)
+        x = torch.randn(2, length, 16).to(DEVICE)
         torch.testing.assert_close(compiled(x, projections), stacked_linear(x, projections))
     assert len(graphs) == 1
 
@@ -369,7 +364,7 @@ def test_one_graph_serves_every_length():
 def test_autocast_computes_in_its_dtype_compiled_or_not():
     x, projections = problem((5,), 32, [(24, 4, LORA, True), (8, 2, DORA, False)], torch.float32)
     compiled = torch.compile(stacked_linear, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = run(stacked_linear, x, projections)
         traced = run(compiled, x, projections)
     assert {t.dtype for t in inside[:2]} == {torch.bfloat16}
@@ -384,7 +379,7 @@ def test_norms_are_the_weights_own_under_autocast():
     x, (p,) = problem((5,), 32, [(24, 4, DORA, False)], torch.float32)
     p = replace(p, lora_B=torch.zeros_like(p.lora_B))
     norm = with_norm(p).norm
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         (y,) = stacked_linear(x, [replace(p, magnitude=norm)])
         assert torch.equal(y, F.linear(x, p.weight))  # c is exactly 1
 
@@ -408,6 +403,7 @@ def test_a_trainable_base_weight_gets_its_gradient():
     torch.testing.assert_close(got, want)
 
 
+@with_triton
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitude_zero_and_zero_rows(dtype, bias):
@@ -429,8 +425,14 @@ def test_magnitude_zero_and_zero_rows(dtype, bias):
     weight, lora_B = projections[0].weight.clone(), projections[0].lora_B.clone()
     weight[5], lora_B[5] = 0.0, 0.0
     changed[0] = replace(changed[0], weight=weight, lora_B=lora_B)
-    for result in run(stacked_linear, x, changed):
+    zero = run(stacked_linear, x, changed)
+    for result in zero:
         assert torch.isfinite(result).all()
+    others = [i for i in range(n) if i not in (3, 4, 5)]
+    assert torch.equal(zero[0][:, others], clean[0][:, others])
+    assert torch.equal(zero[at][others], clean[at][others])
+    assert torch.equal(zero[1], clean[1])  # and nothing of the other projection
+    assert torch.equal(zero[-1], clean[-1])
 
 
 def test_the_output_of_lora_may_be_changed_in_place():
@@ -455,15 +457,24 @@ def test_meta_tensors_give_shapes():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lora_A": torch.zeros(3, 15)}, r"projection 1: expected lora_A \[r, 16\].*got lora_A \[3, 15\]"),
-        ({"lora_B": torch.zeros(8, 2)}, r"projection 1: .*lora_B \[8, 2\]"),
+        (
+            {"lora_A": torch.zeros(3, 15, device=DEVICE)},
+            r"projection 1: expected lora_A \[r, 16\].*got lora_A \[3, 15\]",
+        ),
+        ({"lora_B": torch.zeros(8, 2, device=DEVICE)}, r"projection 1: .*lora_B \[8, 2\]"),
         ({"lora_B": None}, r"projection 1: expected both lora_A and lora_B or neither"),
-        ({"weight": torch.zeros(8, 15)}, r"projection 1: .*got x \[4, 16\] and weight \[8, 15\]"),
-        ({"bias": torch.zeros(7)}, r"projection 1: expected bias \[8\], got \[7\]"),
-        ({"magnitude": torch.zeros(7)}, r"projection 1: expected magnitude \[8\], got \[7\]"),
-        ({"norm": torch.zeros(7)}, r"projection 1: expected norm \[8\], got \[7\]"),
+        (
+            {"weight": torch.zeros(8, 15, device=DEVICE)},
+            r"projection 1: .*got x \[4, 16\] and weight \[8, 15\]",
+        ),
+        ({"bias": torch.zeros(7, device=DEVICE)}, r"projection 1: expected bias \[8\], got \[7\]"),
+        ({"magnitude": torch.zeros(7, device=DEVICE)}, r"projection 1: expected magnitude \[8\], got \[7\]"),
+        ({"norm": torch.zeros(7, device=DEVICE)}, r"projection 1: expected norm \[8\], got \[7\]"),
         ({"lora_A": None, "lora_B": None}, r"projection 1: expected lora_A and lora_B beside a magnitude"),
-        ({"weight": torch.zeros(8, 16).bfloat16()}, r"projection 1: .*torch.bfloat16, got torch.float32"),
+        (
+            {"weight": torch.zeros(8, 16, device=DEVICE).bfloat16()},
+            r"projection 1: .*torch.bfloat16, got torch.float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(changes, said):

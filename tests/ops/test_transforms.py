@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
+from tests.device import DEVICE
 
 
 def layer(dora: bool):
@@ -15,12 +16,14 @@ def layer(dora: bool):
     weight, magnitude = torch.randn(7, 6, generator=g), 1 + torch.rand(7, generator=g)
     lora_A, lora_B = torch.randn(3, 6, generator=g), torch.randn(7, 3, generator=g)
 
+    weight, magnitude, lora_A, lora_B = (t.to(DEVICE) for t in (weight, magnitude, lora_A, lora_B))
+
     def call(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         if dora:
             return dora_linear(x, weight, None, lora_A, lora_B, magnitude, scaling=0.5)
         return lora_linear(x, weight, None, lora_A, lora_B, scaling=0.5)
 
-    return call, torch.randn(5, 6, generator=g), lora_A, lora_B
+    return call, torch.randn(5, 6, generator=g).to(DEVICE), lora_A, lora_B
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -184,7 +184,8 @@ def hotswap(model: ModelT, folder: str | os.PathLike[str], name: str = "default"
 def _refuse_merged(model: nn.Module, state: PatchState, name: str, verb: str) -> None:
     if name in state.configs and method_of(state.configs[name]).is_merged(model, name):
         raise PatchError(
-            f"{verb}: {name!r} is merged, so new values would play no part; call fastpeft.unmerge(model) first"
+            f"{verb}: {name!r} is merged, so new values would play no part; "
+            "call fastpeft.unmerge(model) first"
         )
 
 

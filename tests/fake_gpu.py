@@ -106,7 +106,7 @@ def _computes(function: Any) -> bool:
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Inside, a kernel's arguments must have been put on the device, and nobody looks into the interpreter."""
+    """Inside, a kernel's arguments must have been put on the device; nobody looks into the interpreter."""
     mode = FakeGpu()
     executor = interpreter.interpreter.GridExecutor
     launch = executor.__call__

@@ -171,9 +171,7 @@ def test_unpatch_gives_buffers_back_where_and_as_they_are_now():
 
 def test_unpatch_gives_back_the_scale_of_gemmas_embedding():
     config = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    model = Gemma3ForCausalLM(
-        Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **config)
-    )
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **config))
     fastpeft.patch(model, fastpeft.LoRA(r=2, target_modules=("embed_tokens",)))
     model.to("meta")
     embedding = fastpeft.unpatch(model).get_input_embeddings()

@@ -24,8 +24,8 @@ _NORM_ATTRIBUTE = "_fastpeft_norm"
 class Calls:
     """How often the layers of one model went which way, and why PEFT's; not under compilation.
 
-    ``on_new_layers`` is called with a model in which PEFT has made layers since, ``on_none_left`` with one that
-    PEFT has taken all its layers out of.
+    ``on_new_layers`` is called with a model in which PEFT has made layers since, ``on_none_left`` with one
+    that PEFT has taken all its layers out of.
     """
 
     routes: Counter[Route] = field(default_factory=Counter)
@@ -45,7 +45,8 @@ class Calls:
 class Layer:
     """One accelerated module: the record of its model, and DoRA's row norms by adapter.
 
-    A norm's cache hangs on PEFT's module of the adapter's magnitude, so it goes when PEFT deletes the adapter.
+    A norm's cache hangs on PEFT's module of the adapter's magnitude, so it goes when PEFT deletes the
+    adapter.
     """
 
     calls: Calls

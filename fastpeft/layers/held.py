@@ -136,7 +136,7 @@ class Held:
         self.scaling, self.dropout_on_base = scaling, dropout_on_base
 
     def is_readable(self) -> bool:
-        """Whether its tensors are still there, and none is parametrized, and its dropout is one that we know."""
+        """Whether its tensors are still there, none parametrized, and its dropout is one that we know."""
         places = (self.lora_A, self.lora_B, *(() if self.magnitude is None else (self.magnitude,)))
         return all(place.held is not None for place in places) and self._dropout_p() is not None
 

@@ -5,8 +5,8 @@ part of it (``c = m / n`` is taken inside the op), so a step of m alone keeps it
 
 Neither identity nor ``_version`` proves that a tensor is unchanged: writes through ``.data``, FSDP2's
 all-gather and torch's fused optimisers (measured with torch 2.13) leave the version as it was. So, beyond a
-key of the storage's identity, address, version, dtype, device, shape and strides, every forward compares values, training
-or not:
+key of the storage's identity, address, version, dtype, device, shape and strides, every forward compares
+values, training or not:
 
 - On a CPU A and B are compared whole, with exact copies: 40 us at r=16 and 4096 x 4096, as long as sums
   over the integer bits take, which some changes would pass. W is compared along its diagonal, continued

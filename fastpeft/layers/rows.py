@@ -105,8 +105,8 @@ def added_by_row(
 ) -> Tensor:
     """Return ``result`` [rows, ..., out_features] with each row's adapter of x [rows, ..., in_features].
 
-    A name that is none of ``adapters`` leaves its rows as they are. ``last`` is, for each row, how many of its
-    last tokens have the adapter, None for all; for LoRA and x of [rows, in_features] or [rows, tokens,
+    A name that is none of ``adapters`` leaves its rows as they are. ``last`` is, for each row, how many of
+    its last tokens have the adapter, None for all; for LoRA and x of [rows, in_features] or [rows, tokens,
     in_features]. ``kept_norm`` returns a DoRA adapter's row norm where the layer keeps it. ``drops``: whether
     the adapters' dropout counts, for LoRA alone, as PEFT trains activated LoRA; other mixed batches are for
     inference.

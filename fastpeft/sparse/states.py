@@ -73,7 +73,7 @@ class Aside:
 
 def _event(device: torch.device) -> torch.cuda.Event:
     """An event of everything that was given to the device's current stream so far."""
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

@@ -26,7 +26,8 @@ def chosen(target: str, family: str, kernel: str) -> tuple[list[Launch], list[La
 CHOSEN = """
 import pickle, sys
 from bench.codegen.families import FAMILIES
-from bench.codegen.main import heaviest
+from bench.codegen.main import distinct, heaviest
+from bench.codegen.recording import record
 target, name, kernel = sys.argv[1:]
 family = next(entry for entry in FAMILIES if entry.name == name)
 launches = [item for item in record(target, family, quick=False).launches if item.kernel.name == kernel]

@@ -500,6 +500,7 @@ def test_a_weight_that_trains_is_not_cached():
     assert layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("policy", ["cpu", "gpu"], indirect=True)
 def test_selective_checkpointing_counts_the_same_products_twice(policy):
     """It hands out its saved products in order: a norm computed only in forward would shift them."""
 

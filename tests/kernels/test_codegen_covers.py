@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -10,16 +11,28 @@ import pytest
 from bench.codegen.families import FAMILIES
 from bench.codegen.family import Kernel
 from bench.codegen.machine_code import Mix, faults
+from bench.codegen.main import heaviest
+from bench.codegen.specialised import Launch
+from tests.kernels.test_codegen import GOOD, launch, run, specialised, with_arguments
+
+
+def chosen(target: str, family: str, kernel: str) -> tuple[list[Launch], list[Launch]]:
+    """Every launch of a kernel and what is compiled of it, from a process whose kernels can be compiled."""
+    done = run("-c", CHOSEN, target, family, kernel)
+    assert done.returncode == 0, done.stderr
+    return pickle.loads(bytes.fromhex(done.stdout))  # type: ignore[no-any-return]
+
+
+CHOSEN = """
+import pickle, sys
+from bench.codegen.families import FAMILIES
 from bench.codegen.main import distinct, heaviest
 from bench.codegen.recording import record
-from bench.codegen.specialised import Launch
-from tests.kernels.test_codegen import GOOD, launch, specialised, with_arguments
-
-
-def chosen(target: str, family: str) -> list[Launch]:
-    """What is compiled of a family, as `python -m bench codegen --family` chooses it."""
-    entry = next(entry for entry in FAMILIES if entry.name == family)
-    return heaviest(distinct(record(target, entry, quick=False).launches))
+target, name, kernel = sys.argv[1:]
+family = next(entry for entry in FAMILIES if entry.name == name)
+launches = [item for item in record(target, family, quick=False).launches if item.kernel.name == kernel]
+print(pickle.dumps((launches, heaviest(distinct(launches)))).hex())
+"""
 
 
 def test_more_unrolled_tiles_of_the_rank_are_more_code() -> None:
@@ -34,7 +47,8 @@ def test_more_unrolled_tiles_of_the_rank_are_more_code() -> None:
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_four_unrolled_tiles_are_compiled(target: str) -> None:
     """r = 512 with tiles of 128, forward and dx; z only where warps are not specialised."""
-    constants = [item.named_constants() for item in chosen(target, "tma")]
+    _, compiled = chosen(target, "tma", "rank_r_gemm_tma")
+    constants = [item.named_constants() for item in compiled]
     unrolled = [found for found in constants if found["R_TILES"] == 4]
     assert {found["Q_BY_COLUMNS"] for found in unrolled} == {False, True}
     assert all(found["BLOCK_R"] == 128 for found in unrolled)
@@ -43,13 +57,8 @@ def test_four_unrolled_tiles_are_compiled(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_86", "sm_90", "gfx1100"])
 def test_the_single_kernel_is_compiled_at_every_rank(target: str) -> None:
     """In bf16, each aligned tile at r = 16, 32 and 64."""
-    family = next(entry for entry in FAMILIES if entry.name == "small")
-    launches = [
-        item
-        for item in record(target, family, quick=False).launches
-        if item.kernel.name == "single" and item.aligned and item.dtype == "bf16"
-    ]
-    compiled = [item for item in chosen(target, "small") if item.kernel.name == "single"]
+    every, compiled = chosen(target, "small", "single")
+    launches = [item for item in every if item.aligned and item.dtype == "bf16"]
     wanted = {item.tile() for item in launches}
     assert {item.rank_tile() for item in launches} == {16, 32, 64}
     assert wanted <= {item.tile() for item in compiled}

@@ -180,9 +180,7 @@ def test_shipped_tiles(arch: str, device: torch.device, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize(
-    ("k", "n", "r"), [(1, 1, 1), (50, 17, 5), (33, 40, 32), (70, 33, 100)]
-)
+@pytest.mark.parametrize(("k", "n", "r"), [(1, 1, 1), (50, 17, 5), (33, 40, 32), (70, 33, 100)])
 def test_row_norm(k: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> None:
     p = make_dora(1, k, n, r, dtype, device, adapter=torch.float32)
     for weight in (p.weight, p.weight.t().contiguous().t(), spread(p.weight)):

@@ -59,11 +59,14 @@ class FakeGpu(TorchFunctionMode):
         ] = {}  # by storage; the tensors keep their addresses from being used again
 
     def is_left(self, tensor: Tensor) -> bool:
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False  # it has no storage of its own
         return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self.left
 
     def leave(self, result: Any) -> None:
         for tensor in _tensors(result):
-            if tensor.device.type == "cpu" and tensor.numel():
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            if tensor.device.type == "cpu" and tensor.numel() and not wrapped:
                 self.left[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -106,7 +109,7 @@ def _computes(function: Any) -> bool:
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Inside, a kernel's arguments must have been put on the device; nobody looks into the interpreter."""
+    """Inside, a kernel takes what was put on the device, and nobody looks into the interpreter."""
     mode = FakeGpu()
     executor = interpreter.interpreter.GridExecutor
     launch = executor.__call__

@@ -67,7 +67,7 @@ QUICK = ["tests/ops/test_kernel_paths.py", "tests/ops/test_block_paths.py", "tes
 
 
 def run(*words: str) -> str:
-    environment = os.environ | {"FASTPEFT_TEST_FAKE_GPU": "1", "TRITON_INTERPRET": "1"}
+    environment = os.environ | {"FASTPEFT_TEST_FAKE_GPU": "1", "TRITON_INTERPRET": "1", "COLUMNS": "250"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -24,7 +24,8 @@ from tests.test_patch import assert_unchanged, snapshot
 KINDS = [SeriesAdapter, ParallelAdapter]
 WHERE = {
     "gpt2": "mlp", "t5": "DenseReluDense", "opt": "fc2", "bloom": "dense_4h_to_h", "bert": "output.dense",
-    "roberta": "output.dense", "deberta-v2": "output.dense", "whisper": "fc2", "mamba": None,
+    "roberta": "output.dense", "deberta": "output.dense", "deberta-v2": "output.dense", "whisper": "fc2",
+    "mamba": None,
 }  # fmt: skip
 
 

@@ -147,4 +147,5 @@ def test_every_kernel_whose_programs_meet_is_permuted(device: torch.device) -> N
             RUNS[name](device)()
         for m, k in ((130, 30), (20, 130)):  # the stacked ones, whose masks take time
             stacked(device, m, k, 0.0)()
-    assert found == expected
+    # The kept norm's programs draw tickets, so their order is their own: tests/kernels/test_kept_norm.py.
+    assert found == expected - {"fastpeft_kernels.checked_norm"}

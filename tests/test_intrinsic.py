@@ -167,7 +167,9 @@ def test_one_layer_is_all_that_lives(monkeypatch):
         big = {
             t.untyped_storage().data_ptr()
             for t in gc.get_objects()
-            if issubclass(type(t), torch.Tensor) and t.numel() == 512 * 512 and not isinstance(t, nn.Parameter)
+            if issubclass(type(t), torch.Tensor)
+            and t.numel() == 512 * 512
+            and not isinstance(t, nn.Parameter)
         }
         base = {p.untyped_storage().data_ptr() for p in model.parameters()}
         alive.append(len(big - base))

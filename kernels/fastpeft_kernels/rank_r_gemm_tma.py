@@ -3,8 +3,8 @@
 The same product, `out = c * (P Q + scale * L R) + bias`, in 16 bits and without dropout. Against the plain
 loads of `rank_r_gemm.py`, in the code that Triton 3.7.1 makes for a 128x256x64 tile at r = 16 (forward,
 backward): the main loop has 90 and 89 instructions where it had 133 and 175, for the same four wgmma, because
-one thread asks for a tile where 256 computed twelve addresses each; 166 and 162 registers where there were 206
-and 208. On sm_100 the K loop is warp-specialised besides: the loads and the tcgen05
+one thread asks for a tile where 256 computed twelve addresses each; 166 and 162 registers where there were
+206 and 208. On sm_100 the K loop is warp-specialised besides: the loads and the tcgen05
 instructions are issued by a warp each (47 instructions a turn of four), the others wait for the epilogue.
 
 Tiles are not persistent: with the loops kept apart nothing overlaps and the store's buffer costs a stage of

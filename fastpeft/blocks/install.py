@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastpeft.blocks.source import called_together, taken_apart
 from fastpeft.blocks.view import own_product
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.install import is_accelerated, is_linear_layer
+from fastpeft.in_place.own_forward import put_forward, take_forward
 from fastpeft.in_place.record import LAYER_ATTRIBUTE
 from fastpeft.layers.kinds import is_conv1d
 from fastpeft.layers.linear import LinearMixin
@@ -32,7 +32,7 @@ def fuse_blocks(model: nn.Module) -> None:
             if roles is not None:
                 module.__dict__[gated.ATTRIBUTE] = roles
             if isinstance(roles, gated.Gated):
-                module.__dict__["forward"] = functools.partial(gated.gated_forward, module)
+                put_forward(module, gated.gated_forward)
         _group_siblings(module, linears)
 
 
@@ -40,7 +40,7 @@ def release_blocks(model: nn.Module) -> None:
     """Undo :func:`fuse_blocks`."""
     for module in model.modules():
         if gated.is_ours(module):
-            del module.__dict__["forward"]
+            take_forward(module)
         module.__dict__.pop(gated.ATTRIBUTE, None)
         if module.__dict__.pop(shared.ATTRIBUTE, None) is not None:
             for child in module.children():

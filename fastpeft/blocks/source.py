@@ -21,7 +21,7 @@ _LOOKS = ("data", "device", "dtype", "is_meta", "ndim", "requires_grad", "shape"
 def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return, of a class's children ``names``, those that forward calls with one variable, in that order.
 
-    ``self.q_proj(x)`` and ``self.k_proj(x)`` belong together where x is not assigned to in between. It is
+    ``self.q_proj(x)`` and ``self.k_proj(x)`` belong together where x is neither assigned to nor written in place in between. It is
     read line by line, without regard to branches: whoever acts on it compares the tensors. A class without
     source has none.
     """
@@ -66,12 +66,24 @@ def _calls(kind: Any) -> tuple[tuple[str, tuple[str, int]], ...]:
     except (OSError, TypeError, SyntaxError):
         return ()
     stores = [(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_store(n)]
+    stores += _writes(tree)
     found: list[tuple[Place, str, tuple[str, int]]] = []
     for call, name, variable in _method_calls(tree):
         # A statement's target is assigned after its value is computed, so its own line does not count.
         version = sum(stored == variable and line < call.lineno for stored, line in stores)
         found.append(((call.lineno, call.col_offset), name, (variable, version)))
     return tuple((name, argument) for _, name, argument in sorted(found, key=lambda entry: entry[0]))
+
+
+def _writes(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield (variable, line) of what is written in place: ``x.mul_(2)``, ``x[:, 0] = 0``."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=variable), attr=method)):
+                if method.endswith("_") and not method.endswith("__"):
+                    yield variable, node.lineno
+            case ast.Subscript(value=ast.Name(id=variable), ctx=ast.Store()):
+                yield variable, node.lineno
 
 
 @cache

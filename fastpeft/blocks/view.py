@@ -45,6 +45,8 @@ class View:
 
 def view_of(layer: nn.Module, x: Tensor) -> View | None:
     """Return the linear as it is for this x, or None where a block op cannot stand for it."""
+    if x.is_nested:
+        return None
     if isinstance(layer, LinearMixin):
         return _own_view(layer, x)
     if is_accelerated(layer):

@@ -59,7 +59,8 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
 def names_in(module: Any) -> Any:
     """Return what the names of a PEFT linear's adapters can be looked up in."""
     lora_A = module._modules["lora_A"]
-    return lora_A._parameters if isinstance(lora_A, nn.ParameterDict) else lora_A._modules
+    # A ParameterDict itself, not its registry: an nn.DataParallel replica's is empty.
+    return lora_A if isinstance(lora_A, nn.ParameterDict) else lora_A._modules
 
 
 def _read_svd(module: Any, name: str) -> Adapter | str:

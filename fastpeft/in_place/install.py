@@ -18,6 +18,7 @@ from fastpeft.errors import PatchError
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.embedding import embedding_forward
 from fastpeft.in_place.linear import linear_forward
+from fastpeft.in_place.own_forward import put_forward, take_forward
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, MODEL_ATTRIBUTE, Calls, Layer
 from fastpeft.ops.probability import follow, unfollow
 from fastpeft.patch_report import ModuleReport, PatchReport
@@ -101,7 +102,8 @@ def restore(model: nn.Module) -> None:
     for _, layer in tuner_layers(model):
         if is_accelerated(layer):
             layer.__dict__[LAYER_ATTRIBUTE].forget_norms()
-            del layer.__dict__["forward"], layer.__dict__[LAYER_ATTRIBUTE]
+            take_forward(layer)
+            del layer.__dict__[LAYER_ATTRIBUTE]
             for dropout in getattr(layer, "lora_dropout", nn.ModuleDict()).values():
                 unfollow(dropout)
     forget(model)
@@ -181,7 +183,7 @@ def _install(layer: nn.Module, calls: Calls) -> None:
     if forward is None or _why_not(layer) is not None:
         return
     if not is_accelerated(layer):
-        layer.__dict__["forward"] = functools.partial(forward, layer)
+        put_forward(layer, forward)
         layer.__dict__[LAYER_ATTRIBUTE] = Layer(calls, layer)
     record: Layer = layer.__dict__[LAYER_ATTRIBUTE]
     record.calls = calls

@@ -163,6 +163,8 @@ def unfit(module: Any, x: Tensor, adapters: list[Adapter]) -> str | None:
     """Why the adapters cannot be ours for this x."""
     if global_hooks():
         return "global module hooks"
+    if x.is_nested:
+        return "a nested tensor"
     if not x.is_floating_point():
         return f"an input of {x.dtype}"
     dtype = _compute_dtype(x)

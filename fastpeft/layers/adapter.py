@@ -9,8 +9,10 @@ adapter name, what an adapter's :class:`Spec` creates: for LoRA ``lora_A[name] [
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +148,13 @@ class Rewritten:
     weight: Tensor
     lora_A: Tensor
     lora_B: Tensor
+
+
+@cache
+def _input_name(kind: type[nn.Module]) -> str:
+    """Return what the patched module's own forward calls its input."""
+    own = next(c for c in kind.__mro__ if not issubclass(c, AdapterMixin) and "forward" in c.__dict__)
+    return list(inspect.signature(own.forward).parameters)[1]
 
 
 class AdapterMixin(nn.Module):
@@ -301,7 +310,8 @@ class AdapterMixin(nn.Module):
         """Return ``layer.kind[name]``, past ParameterDict's own lookup, which takes 2 us."""
         held: Any = self._modules[kind]
         registered: dict[str, Any] = held._parameters
-        # One with a parametrization (torch.nn.utils.parametrize) is computed when it is asked for.
+        # One with a parametrization (torch.nn.utils.parametrize) is computed when it is asked for; a replica
+        # of nn.DataParallel holds plain tensors, as attributes.
         parameter: Tensor = registered[name] if name in registered else held[name]
         return parameter
 
@@ -311,6 +321,25 @@ class AdapterMixin(nn.Module):
             return (parameter,)
         parameters: Iterable[nn.Parameter] = held.parametrizations[name].parameters()
         return parameters
+
+    def input_of(self, kwargs: dict[str, Any]) -> Tensor:
+        """Take the input out of a call's keywords, where it is not given by position.
+
+        Raises:
+            TypeError: it is not there either.
+        """
+        name = _input_name(type(self))
+        if name not in kwargs:
+            raise TypeError(f"{type(self).__name__}: missing argument {name!r}")
+        x: Tensor = kwargs.pop(name)
+        return x
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """For nn.DataParallel: a replica is computed by itself, from its own parameters."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.siblings = None
+        replica._norm_caches = {}
+        return replica
 
     def add_dropout(self, name: str, p: float) -> None:
         """Let an adapter drop elements of its input while the layer trains."""

@@ -89,8 +89,10 @@ class EmbeddingMixin(AdapterMixin):
         """No initialisation moves a part of an embedding."""
         return False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Ids [...] to [..., embedding_dim]."""
+        if x is None:
+            x = self.input_of(kwargs)
         result = self.base_forward(x)
         if not self.adapters_enabled or self.merged_adapters:
             return result

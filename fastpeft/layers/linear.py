@@ -29,8 +29,13 @@ class LinearMixin(AdapterMixin):
     # (siblings, own name) where it may be computed together with others of its parent (fastpeft.blocks).
     siblings: Any = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in_features] to [..., out_features]; a jagged x [rows, (tokens), in_features] likewise."""
+        if x is None:
+            x = self.input_of(kwargs)
+        if x.is_nested and x.layout is torch.jagged:  # its rows one after the other: [tokens of all, in_features]
+            y = self(x.values(), *args, **kwargs)
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
         if not self.adapters_enabled or self.merged_adapters:
             return self.base_forward(x, *args, **kwargs)
         if self.row_adapters is not None:

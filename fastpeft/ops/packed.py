@@ -147,6 +147,14 @@ def fake_gradients(projections: Sequence[Projection], need: Sequence[bool]) -> l
     ]
 
 
+def select(
+    tensors: Sequence[Tensor], layout: Sequence[int], chosen: Sequence[int]
+) -> tuple[list[Tensor], list[int]]:
+    """Return tensors and layout of the projections of these numbers."""
+    fields = _by_field(tensors, layout)
+    return [t for i in chosen for t in fields[i].values()], [layout[i] for i in chosen]
+
+
 def no_gradients(layout: Sequence[int]) -> list[None]:
     """Return None for every tensor of :func:`pack`'s list."""
     return [None for bits in layout for i in range(len(FIELDS)) if bits >> i & 1]
@@ -172,6 +180,18 @@ def as_given(
         for i, f in enumerate(FIELDS)
         if bits >> i & 1
     ]
+
+
+def spread_out(
+    placed: Sequence[Tensor | None], layout: Sequence[int], chosen: Sequence[int]
+) -> list[Tensor | None]:
+    """Return what :func:`in_places` made for the projections of these numbers, and None for the others."""
+    rest = iter(placed)
+    whole: list[Tensor | None] = []
+    for i, bits in enumerate(layout):
+        nothing = no_gradients([bits])
+        whole += [next(rest) for _ in nothing] if i in chosen else nothing
+    return whole
 
 
 def in_places(

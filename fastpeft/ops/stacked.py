@@ -15,6 +15,9 @@ Backward, with ``g_i = c_i * dY_i`` (``dY_i`` for LoRA) and ``z_i = x W_i^T + s_
 Saved for backward: ``S [tokens, sum of r]``, references to x (where any lora_A trains) and to the parameters,
 and for DoRA the row norms and, where a magnitude trains, one [tokens, out_features] tensor: y_i, or z_i where
 there is a bias or the dtype is fp16 (:mod:`fastpeft.ops.dora` says why).
+
+As with single linears, a projection whose y the loss does not reach has no gradients, not zeros (AdamW would
+decay its parameters), and a y of which nothing trains wants none.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
+from fastpeft.ops.stacked_torch import columns_of
 from fastpeft_kernels.projection import Projection
 
 
@@ -241,35 +245,45 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.options = (need, layout, complete, scalings, dropout_p, backend)
 
 
+def _untrained(inputs: tuple[Any, ...], output: list[Tensor]) -> list[Tensor]:
+    """Return the ys of which neither x nor any parameter wants a gradient."""
+    x, tensors, layout, *_ = inputs
+    needs = packed.needs_of(packed.needed(x, tensors, layout))
+    pairs = zip(output[: len(layout)], needs, strict=True)
+    return [y for y, need in pairs if not (need.x or need.bias or need.A or need.B or need.dot)]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[len(inputs[2]) :])
+    ctx.mark_non_differentiable(*_untrained(inputs, output), *output[len(inputs[2]) :])
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return dx and, as a list, the gradients of the packed tensors, then None for everything else."""
     need, layout, complete, scalings, dropout_p, backend = ctx.options
     S, x, live_p, seeds, *rest = remade.saved(ctx)
-    kept, tensors = rest[: len(layout)], rest[len(layout) :]
-    dys = _filled(grads[: len(layout)], packed.unpack(tensors, complete, scalings))
-    if dys is None:
+    kept, tensors, own_layout = rest[: len(layout)], rest[len(layout) :], layout
+    reached = [i for i, g in enumerate(grads[: len(layout)]) if g is not None]
+    if not reached:
         return None, packed.no_gradients(layout), *(None,) * 6
+    if len(reached) < len(layout):
+        # The others take no part, as if they were not there.
+        columns = columns_of(packed.unpack(tensors, complete, scalings))
+        S = torch.cat([S[:, columns[i]] for i in reached], dim=1)
+        tensors, complete = packed.select(tensors, complete, reached)
+        need = [need[0], *(wanted for i in reached for wanted in need[1 + 4 * i : 5 + 4 * i])]
+        kept, scalings, dropout_p, layout = (
+            [entries[i] for i in reached] for entries in (kept, scalings, dropout_p, layout)
+        )
+        live_p, seeds = (None if t is None else torch.stack([t[i] for i in reached]) for t in (live_p, seeds))
+        if live_p is None and not any(dropout_p):
+            seeds = None
     gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.stacked_linear_backward
     options = (dropout_p, live_p, seeds, backend, need)
+    dys = [grads[i] for i in reached]
     gradients = gradients_of(S, dys, x, tensors, complete, scalings, kept, *options)
     dx, placed = packed.in_places(gradients, need, layout)
-    return dx, placed, *(None,) * 6
-
-
-def _filled(grads: Sequence[Tensor | None], projections: Sequence[Projection]) -> list[Tensor] | None:
-    """Return every y's gradient, zeros for a y that the loss does not reach; None if it reaches none."""
-    like = next((g for g in grads if g is not None), None)
-    if like is None:
-        return None
-    return [
-        like.new_zeros(*like.shape[:-1], p.weight.shape[0]) if g is None else g
-        for g, p in zip(grads, projections, strict=True)
-    ]
+    return dx, packed.spread_out(placed, own_layout, reached), *(None,) * 6
 
 
 _stacked_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -315,6 +329,8 @@ class _StackedLinear(torch.autograd.Function):
         inputs = (x, list(tensors), layout, scalings, dropout_p, None, seeds, backend)
         output = _forward(*inputs)
         _save(ctx, inputs, output)
+        if untrained := _untrained(inputs, output):
+            ctx.mark_non_differentiable(*untrained)
         return tuple(output[: len(layout)])
 
     @staticmethod

@@ -407,7 +407,9 @@ def disable(model: nn.Module) -> None:
 
 @both
 @pytest.mark.parametrize(
-    "change", [write_to_b, exchange_b, write_to_base, switch, disable, nn.Module.eval], ids=lambda f: f.__name__
+    "change",
+    [write_to_b, exchange_b, write_to_base, switch, disable, nn.Module.eval],
+    ids=lambda f: f.__name__,
 )
 def test_adapters_may_change_between_direct_calls(change, in_place):
     model = attention(in_place=in_place, lora_dropout=0.5)
@@ -448,7 +450,9 @@ def test_what_is_not_fetched_goes_with_x():
             model(x)[0].sum()
             assert siblings._ready
             reference = weakref.ref(x)
-            if torch.is_grad_enabled():  # autograd's record of k's result keeps x: until anything else is called
+            if (
+                torch.is_grad_enabled()
+            ):  # autograd's record of k's result keeps x: until anything else is called
                 other = attention()
                 other(X.clone())
             del x

@@ -137,7 +137,7 @@ def _same_random_numbers_after() -> Iterator[None]:
 def _run(module: nn.Module, linears: dict[str, nn.Linear], notes: Notes, x: Tensor, *, training: bool) -> Any:
     given = x[None].clone()
     try:
-        found = type(module).forward(StandIn(module, linears, notes, training), given)  # type: ignore[arg-type]
+        found = type(module).forward(StandIn(module, linears, notes, training), given)
     except Exception:
         return None  # more than a function of its three linears: whatever it was, it is left alone
     return found if torch.equal(given[0], x) else None
@@ -164,7 +164,7 @@ def gated_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _fused(module: nn.Module, roles: Gated, x: Tensor) -> Tensor | None:
     children: dict[str, Any] = module._modules
     # Their own calls are left out, so nobody may be waiting for them.
-    layers = [children.get(name) for name in dict.fromkeys((roles.gate, roles.up, roles.down))]
+    layers: list[Any] = [children.get(name) for name in dict.fromkeys((roles.gate, roles.up, roles.down))]
     if not roles.reads.hold(module):
         return None
     views: list[View] = []

@@ -33,7 +33,7 @@ class _Missing:
     """Stands for an attribute that is not there; the class itself, which pickles as what it is."""
 
 
-class CannotRead(Exception):
+class CannotReadError(Exception):
     """A forward asks for what a stand-in does not hand out."""
 
 
@@ -136,7 +136,7 @@ class Notes:
 
 
 class StandIn:
-    """A module, but for some of its linears, in either mode; nothing that happens to it reaches the module."""
+    """A module, but for some of its linears, in either mode; what happens to it does not reach the module."""
 
     def __init__(
         self, module: nn.Module, linears: dict[str, nn.Linear], notes: Notes, training: bool
@@ -144,7 +144,7 @@ class StandIn:
         self.__dict__.update({_MODULE: module, _LINEARS: linears, _NOTES: notes, "training": training})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise CannotRead(f"it writes {name}")
+        raise CannotReadError(f"it writes {name}")
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
@@ -152,7 +152,7 @@ class StandIn:
         if name in linears:
             return linears[name]
         if name in module._parameters or name in module._buffers or name in _OF_EVERY_MODULE:
-            raise CannotRead(name)
+            raise CannotReadError(name)
         if name in module._modules and module._modules[name] is not None:
             if name not in notes.children:
                 notes.children[name] = (module._modules[name], _shielded(module._modules[name]))
@@ -168,7 +168,7 @@ class StandIn:
 def _shielded(child: nn.Module) -> nn.Module:
     """Return a copy of a child without hooks."""
     if any(True for _ in child.parameters()) or any(is_replaced(m) for m in child.modules()):
-        raise CannotRead("a child with parameters, or with another forward than its class's")
+        raise CannotReadError("a child with parameters, or with another forward than its class's")
     twin = copy.deepcopy(child)
     for module in twin.modules():
         for hooks in _HOOKS:
@@ -177,13 +177,13 @@ def _shielded(child: nn.Module) -> nn.Module:
 
 
 class _Watched:
-    """An object that is neither a value nor a function, such as a configuration: its values are handed out."""
+    """An object that is neither a value nor a function (a configuration): its values are handed out."""
 
     def __init__(self, owner: Any, notes: Notes) -> None:
         self.__dict__.update({_OWNER: owner, _NOTES: notes})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise CannotRead(f"it writes {name}")
+        raise CannotReadError(f"it writes {name}")
 
     def __getattr__(self, name: str) -> Any:
         owner, notes = self.__dict__[_OWNER], self.__dict__[_NOTES]
@@ -193,9 +193,9 @@ class _Watched:
 def _noted(notes: Notes, owner: Any, name: str, value: Any) -> Any:
     """Take note of an attribute and return what a stand-in hands out for it."""
     if isinstance(value, Tensor | nn.Module | list | dict | set):
-        raise CannotRead(name)
+        raise CannotReadError(name)
     if isinstance(value, tuple) and not all(isinstance(entry, _VALUES) for entry in value):
-        raise CannotRead(name)
+        raise CannotReadError(name)
     notes.values.setdefault((id(owner), name), (owner, name, value))
     if value is _Missing:
         raise AttributeError(name)

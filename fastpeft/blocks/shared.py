@@ -123,9 +123,10 @@ class Siblings:
         siblings = weakref.ref(self)
 
         def gone(reference: object) -> None:
-            if (owner := siblings()) is not None and (ready := owner._ready.get(thread)) is not None:
-                if ready.x is reference:
-                    owner.drop(thread)
+            owner = siblings()
+            ready = None if owner is None else owner._ready.get(thread)
+            if owner is not None and ready is not None and ready.x is reference:
+                owner.drop(thread)
 
         ready = self._ready[thread] = _Ready(weakref.ref(x, gone), _conditions(x), results)
         ready.views = views

@@ -21,9 +21,9 @@ _LOOKS = ("data", "device", "dtype", "is_meta", "ndim", "requires_grad", "shape"
 def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return, of a class's children ``names``, those that forward calls with one variable, in that order.
 
-    ``self.q_proj(x)`` and ``self.k_proj(x)`` belong together where x is neither assigned to nor written in place in between. It is
-    read line by line, without regard to branches: whoever acts on it compares the tensors. A class without
-    source has none.
+    ``self.q_proj(x)`` and ``self.k_proj(x)`` belong together where x is neither assigned to nor written in
+    place in between. It is read line by line, without regard to branches: whoever acts on it compares the
+    tensors. A class without source has none.
     """
     groups: dict[object, list[str]] = {}
     for name, argument in _calls(kind):

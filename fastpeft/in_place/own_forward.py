@@ -1,4 +1,4 @@
-"""A forward of ours on one instance, where its class's would be found; copies, pickles and replicas have theirs.
+"""A forward of ours on one instance, where its class's would be found; copies and replicas have theirs.
 
 It is a partial of a module-level function with the module bound, so copies and pickles bind their own. The
 replicas of ``nn.DataParallel`` are made by copying the module's attributes: they would go on calling the

@@ -153,7 +153,7 @@ class Rewritten:
 @cache
 def _input_name(kind: type[nn.Module]) -> str:
     """Return what the patched module's own forward calls its input."""
-    own = next(c for c in kind.__mro__ if not issubclass(c, AdapterMixin) and "forward" in c.__dict__)
+    own: Any = next(c for c in kind.__mro__ if not issubclass(c, AdapterMixin) and "forward" in c.__dict__)
     return list(inspect.signature(own.forward).parameters)[1]
 
 
@@ -328,7 +328,7 @@ class AdapterMixin(nn.Module):
         Raises:
             TypeError: it is not there either.
         """
-        name = _input_name(type(self))
+        name = _input_name(type(self))  # type: ignore[arg-type]  # a class is hashable
         if name not in kwargs:
             raise TypeError(f"{type(self).__name__}: missing argument {name!r}")
         x: Tensor = kwargs.pop(name)
@@ -336,7 +336,7 @@ class AdapterMixin(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         """For nn.DataParallel: a replica is computed by itself, from its own parameters."""
-        replica: Any = super()._replicate_for_data_parallel()
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.siblings = None
         replica._norm_caches = {}
         return replica

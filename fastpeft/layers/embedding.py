@@ -146,7 +146,7 @@ class EmbeddingMixin(AdapterMixin):
         return nn.Embedding.forward(self, x)  # type: ignore[arg-type]  # the sibling is one
 
 
-class LoRAEmbedding(EmbeddingMixin, nn.Embedding):
+class LoRAEmbedding(EmbeddingMixin, nn.Embedding):  # type: ignore[misc]  # forward takes more
     """Drop-in for the ``nn.Embedding`` it was made from, whose weight it shares."""
 
     bias = None

@@ -33,11 +33,10 @@ class LinearMixin(AdapterMixin):
         """[..., in_features] to [..., out_features]; a jagged x [rows, (tokens), in_features] likewise."""
         if x is None:
             x = self.input_of(kwargs)
-        if (
-            x.is_nested and x.layout is torch.jagged
-        ):  # its rows one after the other: [tokens of all, in_features]
+        if x.is_nested and x.layout is torch.jagged:  # its rows one after the other
+            jagged: Any = x
             y = self(x.values(), *args, **kwargs)
-            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
+            return torch.nested.nested_tensor_from_jagged(y, jagged.offsets(), jagged.lengths())
         if not self.adapters_enabled or self.merged_adapters:
             return self.base_forward(x, *args, **kwargs)
         if self.row_adapters is not None:

@@ -280,7 +280,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
             seeds = None
     gradients_of = _gradients if runs_eagerly(S) else torch.ops.fastpeft.stacked_linear_backward
     options = (dropout_p, live_p, seeds, backend, need)
-    dys = [grads[i] for i in reached]
+    dys = [dy for i in reached if (dy := grads[i]) is not None]
     gradients = gradients_of(S, dys, x, tensors, complete, scalings, kept, *options)
     dx, placed = packed.in_places(gradients, need, layout)
     return dx, packed.spread_out(placed, own_layout, reached), *(None,) * 6

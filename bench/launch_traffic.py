@@ -87,8 +87,15 @@ def alike(kernel: str, bound: dict[str, Any], grid: tuple[int, ...]) -> Iterator
     """First indices of programs that stand for all, and how many programs each stands for.
 
     The column tiles of `stacked_gemm` belong to projections of different widths, ranks and epilogues, so it
-    has one of the middle of each; every other grid has one.
+    has one of the middle of each. Rank tiles of `grad_a` beside the first leave out dm and what it is made
+    of: one of each. Every other grid has one.
     """
+    if kernel == "grad_a":
+        rank_tiles = launch.cdiv(bound["R"], bound["BLOCK_R"])
+        columns = grid[0] // rank_tiles
+        for i_r in range(rank_tiles):
+            yield columns // 2 * rank_tiles + i_r, columns
+        return
     if kernel != "stacked_gemm":
         yield grid[0] // 2, grid[0]
         return

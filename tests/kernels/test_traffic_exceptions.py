@@ -44,7 +44,7 @@ def test_the_targets_hold_up_to_rank_64(rank: int, table: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["sm_80", "sm_86", "sm_90"])
-@pytest.mark.parametrize("rank", [65, 128])
+@pytest.mark.parametrize("rank", [65, 128, 512])
 def test_above_it_dy_is_read_twice(rank: int, table: str) -> None:
     """Backward: 4 launches, LoRA 3Y+W+2X, DoRA 4Y+W+2X; DoRA's norm two launches and one read of W."""
     expected = {

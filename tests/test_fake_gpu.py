@@ -62,8 +62,8 @@ def test_marked():
     raise AssertionError("runs")
 """
 WRONG = ("kernel_on_the_cpu", "computed_from_the_cpu", "mixed", "compared", "cpu_generator", "counted")
-# Where a kernel is launched through every entry, in a few seconds.
-QUICK = ["tests/ops/test_kernel_paths.py", "tests/ops/test_block_paths.py", "tests/kernels/test_launch.py"]
+# Where kernels are launched through the ops, and below them, in a few seconds.
+QUICK = ["tests/ops/test_kernel_paths.py", "tests/kernels/test_launch.py"]
 
 
 def run(*words: str) -> str:
@@ -93,3 +93,11 @@ def test_tensors_are_on_the_device(file: str) -> None:
     assert " passed" in said, said
     assert " failed" not in said, said
     assert " error" not in said, said
+
+
+def test_what_counts_launches_is_marked() -> None:
+    """On a GPU nothing is interpreted, so nothing is counted: such a test would fail there."""
+    for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
+        text = path.read_text()
+        if "launch_traffic" in text or "bench import traffic" in text:
+            assert "pytest.mark.interpreted" in text, path.name

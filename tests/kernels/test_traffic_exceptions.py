@@ -11,6 +11,9 @@ from bench.peers import TARGETS
 from bench.single import Shape
 from fastpeft_kernels import configs
 
+# Counted in the interpreter: nothing here runs on a GPU.
+pytestmark = pytest.mark.interpreted
+
 SHAPE = Shape(M=256, K=160, N=384)
 X, W, Y = 2 * SHAPE.M * SHAPE.K, 2 * SHAPE.N * SHAPE.K, 2 * SHAPE.M * SHAPE.N
 

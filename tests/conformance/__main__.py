@@ -38,7 +38,7 @@ class Expected:
 # Passed tests, and shares a little below what was measured.
 EXPECTED: dict[str, Expected] = {
     "custom_models": Expected(2722, 0.95, 0.96),
-    "decoder_models": Expected(700, 0.95, 0.95),
+    "decoder_models": Expected(705, 0.99, 0.99),
     "encoder_decoder_models": Expected(115, 0.99, 0.99),
     "feature_extraction_models": Expected(125, 0.99, 0.99),
     "initialization": Expected(396, 0.95, 0.98),
@@ -50,7 +50,8 @@ EXPECTED: dict[str, Expected] = {
     "lora_variants": Expected(26, 0.99, 0.99),
     "lorafa": Expected(10, 0.99, 0.99),
     "loraplus": Expected(4, 0.99, 0.99),
-    "target_parameters": Expected(234, 0.0, 0.0),  # its layers (ParamWrapper) keep PEFT's forward
+    # The calls of its linears: those of ParamWrapper, which keeps PEFT's forward, are not counted.
+    "target_parameters": Expected(234, 0.99, 0.99),
     "tuners_utils": Expected(243, 0.0, 0.0),  # nothing of it calls a layer
 }
 # What CI runs, file: (parts of the names of its tests, none for all; what that must reach).

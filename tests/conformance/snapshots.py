@@ -29,6 +29,7 @@ _SIZES = {
 # PEFT's tests use token 1. As padding its embedding would be zeros, which stay zeros through every layer of a
 # model without biases, whatever an adapter does; on the hub these have none, or another.
 _GATED = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 4, "pad_token_id": None}
+_EXPERTS = {"num_local_experts": 4}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
 _OPT = {**_SIZES, "ffn_dim": 4, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "pad_token_id": 1}
 _ENCODER = {**_SIZES, "intermediate_size": 37}
@@ -71,6 +72,24 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": (t.LlamaForCausalLM, t.LlamaConfig, _GATED),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": (t.LlamaForCausalLM, t.LlamaConfig, _GATED),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": (t.LlamaForCausalLM, t.LlamaConfig, _GATED),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        t.Llama4ForCausalLM,
+        t.Llama4TextConfig,
+        {**_GATED, **_EXPERTS, "head_dim": 4, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        t.GptOssForCausalLM,
+        t.GptOssConfig,
+        # Positions as they are: its own stretched ones are for 131,072 of them.
+        {
+            **_GATED,
+            **_EXPERTS,
+            "head_dim": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+        },
+    ),
     "hf-internal-testing/tiny-random-MistralForCausalLM": (t.MistralForCausalLM, t.MistralConfig, _GATED),
     "peft-internal-testing/tiny-dummy-qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config, _GATED),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": (

@@ -362,6 +362,23 @@ def test_siblings_in_other_modes_are_their_own(kind, use_dora, in_place, autocas
 
 
 @both
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.4}, {"use_dora": True}], ids=["dropout", "dora"])
+def test_gradients_of_those_that_the_loss_reaches_alone(options, in_place):
+    """Of v alone, whose columns and seeds are the last; with a bias, and x's gradient."""
+    model = attention(in_place=in_place, **options).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
+    found = []
+    for which in (model, alone(model)):
+        torch.manual_seed(6)
+        x = X.clone().requires_grad_()
+        which(x)[2].square().sum().backward()
+        found.append({"x": x.grad} | {name: p.grad for name, p in which.named_parameters()})
+    assert_same(*found)
+    assert sum(gradient is not None for gradient in found[0].values()) == (5 if "use_dora" in options else 4)
+
+
+@both
 def test_an_input_that_is_written_in_between_is_another(in_place):
     for kind, between in ((WritesX, None), (Attention, lambda module, x: x.mul_(2.0))):
         model = attention(kind, in_place)
@@ -409,7 +426,7 @@ def disable(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "change",
     [write_to_b, exchange_b, write_to_base, switch, disable, nn.Module.eval],
-    ids=lambda f: f.__name__,
+    ids=lambda change: change.__name__,
 )
 def test_adapters_may_change_between_direct_calls(change, in_place):
     model = attention(in_place=in_place, lora_dropout=0.5)
@@ -450,9 +467,7 @@ def test_what_is_not_fetched_goes_with_x():
             model(x)[0].sum()
             assert siblings._ready
             reference = weakref.ref(x)
-            if (
-                torch.is_grad_enabled()
-            ):  # autograd's record of k's result keeps x: until anything else is called
+            if torch.is_grad_enabled():  # the record of k keeps x, until others are computed together
                 other = attention()
                 other(X.clone())
             del x

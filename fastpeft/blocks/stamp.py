@@ -11,51 +11,66 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft.in_place.adapters import global_hooks
 from fastpeft.in_place.record import LAYER_ATTRIBUTE
 from fastpeft.layers.linear import LinearMixin
+
+_CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written; 0 for inference tensors, which do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def stamp_of(layer: nn.Module) -> tuple[object, ...]:
     """Return the stamp of a linear, with or without adapters; equal stamps: nothing has changed."""
     own = layer.__dict__
-    found: list[object] = [id(layer), global_hooks()]
+    found: list[object] = []
     names: Any = ()
     if isinstance(layer, LinearMixin):
         names = layer.active_adapters
-        found += (names, layer.adapters_enabled, layer.merged_adapters, layer.row_adapters)
-        found += (id(layer.specs.get(name)) for name in names)
+        found += (names, own["adapters_enabled"], own["merged_adapters"], own["row_adapters"])
+        for name in names:
+            found.append(id(own["specs"].get(name)))
     elif (record := own.get(LAYER_ATTRIBUTE)) is not None:
         peft: Any = layer
         names = tuple(peft.active_adapters)
         found += (names, peft._disable_adapters, tuple(peft.merged_adapters), id(record.response))
-        found += ((id(s), s if isinstance(s, float) else None) for s in map(peft.scaling.get, names))
+        for name in names:
+            scaling = own["scaling"].get(name)
+            found.append(id(scaling) if isinstance(scaling, Tensor) else scaling)
     _add(layer, found)
     for held in own["_modules"].values():
-        if held is None:
-            continue
-        for name in names:  # the entries of the active adapters; a base layer has none
-            for entries in (held._parameters, held._modules, held._buffers):
-                if (entry := entries.get(name)) is not None:
-                    if isinstance(entry, Tensor):
-                        found += (id(entry), version_of(entry), entry.requires_grad)
-                    else:
-                        _add(entry, found)
-        if not isinstance(held, nn.ModuleDict | nn.ParameterDict):
+        if isinstance(held, _CONTAINERS):
+            _add_entries(held, names, found)
+        elif held is not None:
             _add(held, found)
     return tuple(found)
+
+
+def _add_entries(held: nn.Module, names: Any, found: list[object]) -> None:
+    """Add those of the active adapters."""
+    parameters, modules = held.__dict__["_parameters"], held.__dict__["_modules"]
+    for name in names:
+        if (parameter := parameters.get(name)) is not None:
+            found += (id(parameter), version_of(parameter), parameter.requires_grad)
+        elif (module := modules.get(name)) is not None:
+            _add(module, found)
+        elif modules:  # torch.nn.utils.parametrize keeps what a parameter is computed of in a child
+            for module in held.modules():
+                _add(module, found)
 
 
 def _add(module: nn.Module, found: list[object]) -> None:
     """Add a module's mode, its hooks' number, its own tensors, and a dropout's p."""
     own = module.__dict__
     found += (id(module), own["training"], len(own["_forward_hooks"]), own.get("p"))
-    for entries in (own["_parameters"], own["_buffers"]):
-        for tensor in entries.values():
-            if tensor is not None:
-                found += (id(tensor), version_of(tensor), tensor.requires_grad)
+    for parameter in own["_parameters"].values():
+        if parameter is not None:
+            found += (id(parameter), version_of(parameter), parameter.requires_grad)
+    for buffer in own["_buffers"].values():
+        if buffer is not None:
+            found += (id(buffer), version_of(buffer))

@@ -350,7 +350,7 @@ def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     need, layout, complete, scalings, activation, dropout_p, backend = ctx.options
     if dy is None:
         return *(None,) * 8, *packed.no_gradients(layout)
-    _S, _S_down, x, _g, _u, _live_p, seeds, *rest = ctx.saved_tensors
+    _S, _S_down, x, _g, _u, _live_p, seeds, *rest = remade.saved(ctx)
     tensors = rest[3:]
     x = saved_x(x, dy, tensors[0].shape[1], (True,))
     h_like = x.new_empty(()).expand(*x.shape[:-1], tensors[0].shape[0])

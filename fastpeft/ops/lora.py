@@ -303,7 +303,7 @@ def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-    x, weight, lora_A, lora_B, _S, seed = ctx.saved_tensors
+    x, weight, lora_A, lora_B, _S, seed = remade.saved(ctx)
     scaling, p, backend, bias_dtype = ctx.options
     x = saved_x(x, dy, weight.shape[1], (need_A, need_B))
     mask = mask_of(x, p, seed, backend)

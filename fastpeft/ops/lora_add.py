@@ -346,7 +346,7 @@ def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     base_grad, *need = ctx.needs_input_grad[:4]
-    x, lora_A, lora_B, _S, _live_p, seed = ctx.saved_tensors
+    x, lora_A, lora_B, _S, _live_p, seed = remade.saved(ctx)
     scaling, (p,), backend = ctx.options
     x = saved_x(x, dy, lora_A.shape[1], need[1:])
     mask = mask_of(x, p, seed, backend)

@@ -17,7 +17,8 @@ _FACTORS = "_fastpeft_factors"
 
 def scaled(b: Tensor, B: Tensor, d: Tensor) -> Tensor:
     """Return ``diag(b) B diag(d)``."""
-    return (b[:, None] * B).mul_(d)
+    product = b[:, None] * B
+    return product * d if product.requires_grad else product.mul_(d)  # where a backward is differentiated
 
 
 def mark(product: Tensor, b: Tensor, B: Tensor, d: Tensor) -> None:

@@ -291,7 +291,7 @@ _stacked_linear.register_autograd(_backward, setup_context=_setup_context)
 
 def _by_reference(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need, layout, complete, scalings, dropout_p, backend = ctx.options
-    _S, x, _live_p, seeds, *rest = ctx.saved_tensors
+    _S, x, _live_p, seeds, *rest = remade.saved(ctx)
     tensors = rest[len(layout) :]
     like = next((dy for dy in grads if dy is not None), None)
     if like is None:

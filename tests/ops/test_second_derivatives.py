@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastpeft
+from fastpeft.layers.vera import scaled_b
 from fastpeft.ops.bottleneck import bottleneck
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.gated_mlp import gated_mlp
@@ -114,6 +115,19 @@ def test_many_gradients_at_once(op: Op):
     for got, *want in zip(together, *one_by_one, strict=True):
         if got is not None:
             torch.testing.assert_close(got, torch.stack(want))
+
+
+@every_op
+def test_of_a_lora_b_that_is_kept_as_its_factors(op: Op):
+    """VeRA's; A trains here, so that x is kept."""
+    x, A, shared, bias, m = leaves()
+    shared = shared.detach()
+    vectors = [torch.rand(n, dtype=torch.float64, requires_grad=True) for n in (K, R)]
+
+    def of_vera(x: Tensor, A: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        return op(x, A, scaled_b(b, shared, d), bias, m)
+
+    assert torch.autograd.gradgradcheck(of_vera, [x, A, *vectors], atol=1e-6)
 
 
 def with_a_frozen_lora_a(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

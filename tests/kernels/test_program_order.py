@@ -20,6 +20,7 @@ from torch import Tensor
 from fastpeft_kernels import (
     bottleneck_up_backward,
     dora_decode,
+    kept_norm,
     lora_add_backward,
     lora_decode,
     row_norm,
@@ -59,6 +60,23 @@ def decode(device: torch.device) -> Run:
     }
 
 
+def kept(device: torch.device) -> Run:
+    """DoRA's norm with nothing kept, with what still holds, and with what does not: roles go by ticket."""
+    p = make_dora(5, 300, 70, 9, BF16, device, adapter=F32)
+    rest = (p.lora_B, p.scaling)
+    before = kept_norm(p.weight, p.lora_A, *rest)
+
+    def run() -> dict[str, Tensor]:
+        found = {
+            "fresh": kept_norm(p.weight, p.lora_A, *rest),
+            "as it was": kept_norm(p.weight, p.lora_A, *rest, before),
+            "stale": kept_norm(p.weight, 2 * p.lora_A, *rest, before),
+        }
+        return {f"{name} {i}": t for name, pair in found.items() for i, t in enumerate(pair)}
+
+    return run
+
+
 def updates(device: torch.device) -> Run:
     """LoRA's update on a given base product, and a bottleneck's, backward."""
     p = make_problem(130, 40, 45, 5, BF16, device, adapter=F32)
@@ -93,6 +111,7 @@ RUNS: dict[str, Callable[[torch.device], Run]] = {
     "dora-dropout": lambda device: dora(device, 40, 45, 5, 0.3),
     "dora-r40": lambda device: dora(device, 30, 30, 40),
     "decode": decode,
+    "kept-norm": kept,
     "stacked-tokens-split": lambda device: stacked(device, 130, 30, 0.3),
     "stacked-columns-split": lambda device: stacked(device, 20, 130, 0.0),
     "gated": gated,
@@ -143,9 +162,8 @@ def test_every_kernel_whose_programs_meet_is_permuted(device: torch.device) -> N
     expected = {module.__name__ for module in modules_with("is_last")}
     assert len(expected) >= 6
     with grids_with_counters() as found:
-        for name in ("lora-tokens-split", "lora-columns-split", "decode"):
+        for name in ("lora-tokens-split", "lora-columns-split", "decode", "kept-norm"):
             RUNS[name](device)()
         for m, k in ((130, 30), (20, 130)):  # the stacked ones, whose masks take time
             stacked(device, m, k, 0.0)()
-    # The kept norm's programs draw tickets, so their order is their own: tests/kernels/test_kept_norm.py.
-    assert found == expected - {"fastpeft_kernels.checked_norm"}
+    assert found == expected

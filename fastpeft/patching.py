@@ -21,6 +21,7 @@ from fastpeft.choice import choices
 from fastpeft.errors import BackendError, PatchError
 from fastpeft.in_place import install
 from fastpeft.layers.adapter import AdapterMixin
+from fastpeft.layers.kinds import is_quantised
 from fastpeft.methods.linears import adapter_layers
 from fastpeft.methods.method import Plan
 from fastpeft.methods.registry import as_config, is_ours, method_of
@@ -265,9 +266,11 @@ def _modules_to_save(model: nn.Module, config: Any, *, allow_unmatched: bool) ->
         raise PatchError(f"modules_to_save: no module of the model matches {listed(missing)}")
     for path, module in found.items():
         for name, parameter in module.named_parameters():
-            if not parameter.is_floating_point():
+            if is_quantised(parameter):
+                packed = f" of {type(parameter).__name__}" if parameter.is_floating_point() else ""
                 raise PatchError(
-                    f"modules_to_save: {path}.{name} is {parameter.dtype}, expected a floating-point type"
+                    f"modules_to_save: {path}.{name} is {parameter.dtype}{packed}, expected a floating-point "
+                    "type that holds its numbers"
                 )
     return found
 

@@ -194,3 +194,12 @@ def test_what_would_write_to_the_base_refuses_or_leaves_it_alone(make):
     assert losses[-1] < losses[0]
     fastpeft.unpatch(model)
     assert torch.equal(logits(model), expected)
+
+
+@kinds
+def test_packed_weights_do_not_train_as_modules_to_save(make):
+    model = make(torch.bfloat16)
+    config = fastpeft.LoRA(r=2, target_modules=["q_proj"], modules_to_save=["v_proj"])
+    with pytest.raises(fastpeft.PatchError, match=r"v_proj\.weight is torch\..*, expected a floating-point"):
+        fastpeft.patch(model, config)
+    assert not any("lora_" in name for name, _ in model.named_parameters())

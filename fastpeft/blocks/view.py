@@ -20,7 +20,7 @@ from fastpeft.in_place.adapters import (
 )
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.layers.adapted import Adapter, with_one_adapter
-from fastpeft.layers.kinds import is_conv1d, is_conv1d_like
+from fastpeft.layers.kinds import is_conv1d, is_conv1d_like, is_quantised
 from fastpeft.layers.linear import LinearMixin
 from fastpeft.layers.norm_cache import NormCache
 from fastpeft.ops._common import autocast_is_on
@@ -67,7 +67,7 @@ def own_product(layer: nn.Module) -> str | None:
         return None if layer.can_merge() else "its weight is quantised"
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"{type(base).__name__} has a product of its own"
-    return "its weight is quantised" if type(base.weight).__module__.startswith("torchao.") else None
+    return "its weight is quantised" if is_quantised(base.weight) else None
 
 
 def is_called_bare(layer: nn.Module) -> bool:

@@ -373,7 +373,8 @@ class AdapterMixin(nn.Module):
     def kept_norm(self, adapter: Adapter) -> Tensor | None:
         """Return an adapter's row norm where it is kept from call to call without a gradient, else None.
 
-        That is on a CPU, where values tell whether anything has changed.
+        That is on a CPU. On a GPU every norm would take a launch of its own to be proved; the products for
+        all adapters together are as many for any number of them.
         """
         weight = self.weight
         if not weight.is_cpu or type(weight) not in PLAIN_TYPES or torch.compiler.is_compiling():

@@ -26,6 +26,21 @@ def check_other_rows(before: dict[str, torch.Tensor], after: dict[str, torch.Ten
         assert torch.equal(others(before[name], dim), others(after[name], dim)), name
 
 
+def with_magnitude(p: DoraProblem, m: float, *, drop_base: bool) -> dict[str, torch.Tensor]:
+    """Results with ROW's magnitude set to m: by the rule, dm of ROW too, and every other row to the bit."""
+    seed = with_dropout(p) if drop_base else None
+    before = run_dora(p, seed=seed)
+    p.magnitude[ROW] = m
+    after = run_dora(p, seed=seed)
+    check_other_rows(before, after)
+    reference, plain = evaluate_dora(p.to(torch.float64)), evaluate_dora(p.to(p.x.dtype))
+    for name in ("y", "dx", "dA", "dB", "dm"):
+        assert_within_rule(after[name], reference[name], plain[name], name)
+    error = (after["dm"][ROW].double() - reference["dm"][ROW]).abs()
+    assert error <= 4 * (plain["dm"].double() - reference["dm"]).abs().max()
+    return after
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("zero", "kind", "r"),
@@ -38,16 +53,7 @@ def check_other_rows(before: dict[str, torch.Tensor], after: dict[str, torch.Ten
 def test_zero_magnitude(zero: float, kind: str, r: int, dtype: torch.dtype, device: torch.device) -> None:
     """dm of that row is as good as any other's, y is the bias, and no other row changes a bit."""
     p = make_dora(37, 50, 45, r, dtype, device, bias=kind != "from-y", adapter=torch.float32)
-    seed = with_dropout(p) if kind == "drop-base" else None
-    before = run_dora(p, seed=seed)
-    p.magnitude[ROW] = zero
-    after = run_dora(p, seed=seed)
-    check_other_rows(before, after)
-    reference, plain = evaluate_dora(p.to(torch.float64)), evaluate_dora(p.to(dtype))
-    for name in ("y", "dx", "dA", "dB", "dm"):
-        assert_within_rule(after[name], reference[name], plain[name], name)
-    error = (after["dm"][ROW].double() - reference["dm"][ROW]).abs()
-    assert error <= 4 * (plain["dm"].double() - reference["dm"]).abs().max()
+    after = with_magnitude(p, zero, drop_base=kind == "drop-base")
     if kind == "from-y":
         assert after["y"][:, ROW].any()
         assert after["y"][:, ROW].abs().max() < 1e-28
@@ -57,18 +63,8 @@ def test_zero_magnitude(zero: float, kind: str, r: int, dtype: torch.dtype, devi
 @pytest.mark.parametrize("zero", [0.0, -0.0, 1e-36, -1e-36])
 def test_zero_magnitude_fp16(zero: float, kind: str, device: torch.device) -> None:
     """z is kept, since y cannot hold 2^-100 z: it is the bias or 0, and dm of that row is still right."""
-    dtype = torch.float16
-    p = make_dora(37, 50, 45, 5, dtype, device, bias=kind != "no-bias", adapter=torch.float32)
-    seed = with_dropout(p) if kind == "drop-base" else None
-    before = run_dora(p, seed=seed)
-    p.magnitude[ROW] = zero
-    after = run_dora(p, seed=seed)
-    check_other_rows(before, after)
-    reference, plain = evaluate_dora(p.to(torch.float64)), evaluate_dora(p.to(dtype))
-    for name in ("y", "dx", "dA", "dB", "dm"):
-        assert_within_rule(after[name], reference[name], plain[name], name)
-    error = (after["dm"][ROW].double() - reference["dm"][ROW]).abs()
-    assert error <= 4 * (plain["dm"].double() - reference["dm"]).abs().max()
+    p = make_dora(37, 50, 45, 5, torch.float16, device, bias=kind != "no-bias", adapter=torch.float32)
+    after = with_magnitude(p, zero, drop_base=kind == "drop-base")
     if kind != "drop-base":
         expected = torch.zeros_like(after["y"][:, ROW]) if p.bias is None else p.bias[ROW].expand(37)
         assert torch.equal(after["y"][:, ROW], expected)

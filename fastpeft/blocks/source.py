@@ -40,7 +40,7 @@ def called_together(kind: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...],
 
 def variables_of(kind: Any) -> dict[str, list[str]] | None:
     """Return, by child, the variables that a class's forward calls it with; None for one without source."""
-    if not _has_source(kind):
+    if _tree(kind) is None:
         return None
     found: dict[str, list[str]] = {}
     for name, argument in _calls(kind):
@@ -50,20 +50,19 @@ def variables_of(kind: Any) -> dict[str, list[str]] | None:
     return found
 
 
-def _has_source(kind: Any) -> bool:
+@cache
+def _tree(kind: Any) -> ast.Module | None:
+    """A class's forward, parsed; None for one without source."""
     try:
-        inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
-    return True
+        return ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 @cache
 def _calls(kind: Any) -> tuple[tuple[str, tuple[str, int]], ...]:
     """Every ``self.name(variable, ..)`` of a forward: the name, and what tells the variable's value."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):
+    if (tree := _tree(kind)) is None:
         return ()
     stores = [(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_store(n)]
     stores += _writes(tree)
@@ -92,9 +91,7 @@ def taken_apart(kind: Any) -> frozenset[str]:
 
     ``qkv = self.qkv(x)`` and then ``qkv[..., :n]`` or ``qkv.chunk(3)``, or all in one expression.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):
+    if (tree := _tree(kind)) is None:
         return frozenset()
     variables: dict[str, str] = {}
     for node in ast.walk(tree):

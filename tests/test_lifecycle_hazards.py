@@ -332,6 +332,40 @@ def test_counters_of_recorded_launches_are_their_own(monkeypatch):
     kept.zero_()
 
 
+def test_counters_in_a_pool_of_somebody_elses_are_not_kept(monkeypatch):
+    monkeypatch.setattr(launch, "_COUNTERS", {})
+    monkeypatch.setattr(launch, "_PRIVATE", set())
+    questions = []
+    monkeypatch.setattr(launch, "_is_in_private_pool", lambda tensor: not questions.append(tensor))
+    for _ in range(2):
+        first, second = (launch.counters(8, torch.zeros(1)) for _ in range(2))
+        assert first.data_ptr() != second.data_ptr()
+        assert not launch._COUNTERS
+    assert len(questions) == 1
+    monkeypatch.setattr(launch, "_PRIVATE", set())
+    monkeypatch.setattr(launch, "_is_in_private_pool", lambda tensor: False)
+    assert launch.counters(8, torch.zeros(1)) is launch.counters(8, torch.zeros(1))
+
+
+@pytest.mark.parametrize(("pool", "is_private"), [((0, 0), False), ((0, 1), True), ((3, 0), True)])
+def test_a_pool_is_told_by_the_snapshot(monkeypatch, pool, is_private):
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def untyped_storage(self):
+            return self
+
+        def data_ptr(self):
+            return 1000
+
+    segments = [
+        {"address": 0, "total_size": 1000, "segment_pool_id": (9, 9)},
+        {"address": 900, "total_size": 200, "segment_pool_id": pool},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert launch._is_in_private_pool(OnGpu()) is is_private
+
+
 @pytest.mark.parametrize("read", ["get", "lend", "tensors"])
 def test_a_reader_of_offloaded_states_waits_for_their_copies(read, monkeypatch):
     class Event:
@@ -351,18 +385,18 @@ def test_a_reader_of_offloaded_states_waits_for_their_copies(read, monkeypatch):
 
 
 def test_the_cpus_products_are_timed_on_the_cpu(monkeypatch):
-    real, seen = torch.mm, []
+    real, seen = torch.Tensor.__matmul__, []
 
-    def mm(a: Tensor, b: Tensor) -> Tensor:
+    def matmul(a: Tensor, b: Tensor) -> Tensor:
         seen.extend([a.device.type, b.device.type, a.dtype])
         return real(a, b)
 
-    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            cpu_gemm._least_seconds((torch.bfloat16, torch.float32), 1)
+            cpu_gemm._least_seconds(torch.bfloat16, tokens=2, backward=False, repeats=1)
     finally:
         torch.set_default_dtype(default)
     assert set(seen) == {"cpu", torch.bfloat16, torch.float32}

@@ -168,15 +168,17 @@ def unfit(module: Any, x: Tensor, adapters: list[Adapter]) -> str | None:
     if not x.is_floating_point():
         return f"an input of {x.dtype}"
     dtype = _compute_dtype(x)
+    width = x.shape[-1]
     for adapter in adapters:
-        own = adapter.lora_A.dtype
-        if own is not adapter.lora_B.dtype or own not in (dtype, torch.float32):
+        A = adapter.lora_A
+        own = A.dtype
+        if own is not adapter.lora_B.dtype or not (own is dtype or own is torch.float32):
             return f"{own} adapters under an input of {dtype}"
-        if own is torch.float32 and dtype not in (*_SIXTEEN_BITS, torch.float32):
+        if own is not dtype and dtype not in _SIXTEEN_BITS:
             return f"{own} adapters under an input of {dtype}"
         if own is not x.dtype and not module.cast_input_dtype_enabled:
             return "input dtype casting disabled"
-        if adapter.lora_A.shape[1] != x.shape[-1]:
+        if A.shape[1] != width:
             return "lora_A is a shard, or x of another width"
     return None
 

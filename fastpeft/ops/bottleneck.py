@@ -163,7 +163,7 @@ def _forward(
         y = paths[choose("bottleneck_up", paths, key=key, device=base.device)]()
     else:
         y = _up(result, a, up, up_bias, scaling)
-    return unflatten_tokens(y, base.shape), a if non_linearity in _KEEPS_A else h
+    return unflatten_tokens(y, base), a if non_linearity in _KEEPS_A else h
 
 
 def _up(base: Tensor, a: Tensor, up: Tensor, up_bias: Tensor, scaling: float) -> Tensor:
@@ -211,7 +211,7 @@ def _gradients(
             else:
                 D = down.to(dy.dtype)
                 dx = torch.addmm(gradient, dh, D) if in_series else dh @ D
-            results[0] = unflatten_tokens(dx, dy.shape)
+            results[0] = unflatten_tokens(dx, dy)
         if need_down:
             assert x is not None
             results[1] = (dh.t() @ flatten_tokens(x)).to(down.dtype)

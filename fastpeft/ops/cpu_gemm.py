@@ -1,9 +1,11 @@
 """Whether a CPU multiplies 16-bit matrices faster as they are or in fp32 (:mod:`fastpeft.ops.blocked`).
 
 Matrix units (AMX) make 16-bit products several times faster than fp32 ones; vector units alone may make
-them slower, and a CPU without 16-bit arithmetic much slower. Without AMX it is measured, once in a process,
-when the first 16-bit product is due, and logged. ``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a
-measurement; set it where several processes must agree to the last bit.
+them slower, and a CPU without 16-bit arithmetic much slower: oneDNN's ``dY W`` runs there at 1 GFLOP/s, its
+``x W^T`` at 17, where fp32 reaches 60 a thread. So without AMX it is measured from how many tokens on fp32
+wins, the cast of W included: once in a process for either product, when the first one is due, and logged.
+``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a measurement; set it where several processes must
+agree to the last bit.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,20 +27,37 @@ ENVIRONMENT_VARIABLE = "FASTPEFT_CPU_GEMM"
 CHOICES = ("auto", "native", "fp32")
 # fp32 must win by this much, so that noise cannot choose the path that also casts.
 MARGIN = 1.25
-# Tokens below which casting W costs more than the faster product saves: one cast of an element of W (about
-# 0.3 ns) buys 0.01 ns a token, at the rates in blocked.py.
-MIN_TOKENS = 64
+# Tokens that are tried, the fewest first. What the cast costs does not grow with them: where fp32 wins, it
+# wins from there on.
+LADDER = (1, 4, 16, 64, 256)
+# With FASTPEFT_CPU_GEMM=fp32. For less, casting W takes longer than any product.
+FORCED_FROM = 4
+NEVER = 2**62
 
 
-def products_in_fp32(x: Tensor) -> bool:
-    """Whether the torch backend should multiply ``x`` [tokens, in_features] in fp32 blocks."""
+def products_in_fp32(x: Tensor, *, backward: bool = False) -> bool:
+    """Whether the torch backend should multiply ``x`` [tokens, features] in fp32 blocks of W.
+
+    Args:
+        x: the input; dY, where the product is backward's.
+        backward: whether the product is ``dY W``, not ``x W^T``.
+    """
     sixteen_bits = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cpu and sixteen_bits and x.shape[0] >= MIN_TOKENS and fp32_is_faster(x.dtype)
+    return x.is_cpu and sixteen_bits and x.shape[0] >= fp32_from(x.dtype, backward)
+
+
+def fp32_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU's fp32 products are clearly faster than those of a 16-bit dtype, forward, at any size.
+
+    Raises:
+        ConfigError: ``FASTPEFT_CPU_GEMM`` holds something else than a choice.
+    """
+    return fp32_from(dtype, False) < NEVER
 
 
 @cache
-def fp32_is_faster(dtype: torch.dtype) -> bool:
-    """Whether this CPU's fp32 products are clearly faster than those of a 16-bit dtype.
+def fp32_from(dtype: torch.dtype, backward: bool) -> int:
+    """From how many tokens products of a 16-bit dtype are clearly slower than fp32 ones with a cast of W.
 
     Raises:
         ConfigError: ``FASTPEFT_CPU_GEMM`` holds something else than a choice.
@@ -45,28 +65,45 @@ def fp32_is_faster(dtype: torch.dtype) -> bool:
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if choice not in CHOICES:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice != "auto":
-        return choice == "fp32"
-    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return False
-    own, wide = _least_seconds((dtype, torch.float32))
-    logger.info("fastpeft: %s products took %.2f times as long as fp32 ones", dtype, own / wide)
-    return own > MARGIN * wide
+    if choice == "native" or (choice == "auto" and _has_matrix_units(dtype)):
+        return NEVER
+    if choice == "fp32":
+        return FORCED_FROM
+    product = "dY W" if backward else "x W^T"
+    for tokens in LADDER:
+        own, wide = _least_seconds(dtype, tokens, backward)
+        if own > MARGIN * wide:
+            logger.info(
+                "fastpeft: %s in fp32 from %d tokens, where it took %.2f times as long in %s",
+                product, tokens, own / wide, dtype,
+            )  # fmt: skip
+            return tokens
+    logger.info("fastpeft: %s in %s", product, dtype)
+    return NEVER
 
 
-def _least_seconds(dtypes: tuple[torch.dtype, ...], repeats: int = 10) -> list[float]:
-    """Return, per dtype, the least time of a product of [256, 768] and [768, 768], taken in turns."""
+def _has_matrix_units(dtype: torch.dtype) -> bool:
+    return dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def _least_seconds(dtype: torch.dtype, tokens: int, backward: bool, repeats: int = 10) -> tuple[float, float]:
+    """Return the least times of a product of [tokens, 768] and [768, 768], as it is and in fp32, in turns."""
     # Not random: the caller's generator must not move. Not constant: zeros multiply faster than data.
-    # In fp32 on the CPU whatever the default device and dtype are.
+    # On the CPU whatever the default device and dtype are.
     on_cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-    x = torch.linspace(-1.0, 1.0, 256 * 768, **on_cpu).reshape(256, 768)
-    weight = torch.linspace(-1.0, 1.0, 768 * 768, **on_cpu).reshape(768, 768)
-    operands = [(x.to(dtype), weight.to(dtype).t()) for dtype in dtypes]
-    least = [float("inf")] * len(dtypes)
-    for turn in range(repeats + 1):
-        for i, (a, b) in enumerate(operands):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            if turn:  # the first one warms up
-                least[i] = min(least[i], time.perf_counter() - start)
-    return least
+    x = torch.linspace(-1.0, 1.0, tokens * 768, **on_cpu).reshape(tokens, 768).to(dtype)
+    weight = torch.linspace(-1.0, 1.0, 768 * 768, **on_cpu).reshape(768, 768).to(dtype)
+    W = weight if backward else weight.t()
+    ways: tuple[Callable[[], Tensor], ...] = (
+        lambda: x @ W,
+        lambda: (x.float() @ W.float()).to(dtype),
+    )
+    least = [float("inf")] * len(ways)
+    with torch.no_grad():
+        for turn in range(repeats + 1):
+            for i, way in enumerate(ways):
+                start = time.perf_counter()
+                way()
+                if turn:  # the first one warms up
+                    least[i] = min(least[i], time.perf_counter() - start)
+    return least[0], least[1]

@@ -171,7 +171,7 @@ def _decode(
     """Return y for a few tokens that nobody differentiates."""
     tokens = flatten_tokens(x)
     y = kernel_paths.dora_decode(tokens, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
-    return unflatten_tokens(y, x.shape)
+    return unflatten_tokens(y, x)
 
 
 @without_autocast
@@ -215,7 +215,7 @@ def _forward(
         scale = checked_row_scale(magnitude, n)
         y, S, z = dora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, scale, keep_z)
         is_quotient = scale.is_quotient
-    return unflatten_tokens(y, x.shape), S, z, n if norm is None else norm, is_quotient
+    return unflatten_tokens(y, x), S, z, n if norm is None else norm, is_quotient
 
 
 @without_autocast
@@ -273,7 +273,7 @@ def _gradients(
     else:
         m = cast(magnitude, norm.dtype)
         c = m / norm if is_quotient else row_scale(magnitude, norm)
-        way = way_for(dy2d)
+        way = way_for(dy2d, backward=True)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
         wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m)
         result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, c, kept2d)
@@ -289,7 +289,7 @@ def _gradients(
             divisor = norm if kept_is_z else torch.where(c == m / norm, m, c * norm)
             dm = torch.where(norm > 0, result.dot / divisor, 0.0).to(magnitude.dtype)
     if dx is not None:
-        dx = unflatten_tokens(dx, dy.shape)
+        dx = unflatten_tokens(dx, dy)
     return dx, dbias, dA, dB, dm
 
 

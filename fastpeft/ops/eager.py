@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 _seen_through = False
 
@@ -42,9 +43,10 @@ def is_intercepted() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, jvp) is at work, which no Python custom op supports."""
-    # Dynamo traces the question itself with an interpreter of its own on the stack.
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a ``torch.func`` transform or forward-mode AD is at work: no Python custom op takes one."""
+    if torch.compiler.is_compiling():
+        return False  # Dynamo traces the question itself with an interpreter of its own on the stack
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def runs_eagerly(x: Tensor) -> bool:

@@ -145,7 +145,7 @@ def _decode(x: Tensor, projections: Sequence[Projection], activation: str) -> Te
     """Return y for a few tokens that nobody differentiates."""
     projections = [linears.with_norm(p, "triton") for p in projections]
     y = block_kernels.gated_decode(flatten_tokens(x), projections, activation)
-    return unflatten_tokens(y, x.shape)
+    return unflatten_tokens(y, x)
 
 
 @without_autocast
@@ -175,7 +175,7 @@ def _forward(
     norms = packed.missing_norms(given, projections)
     zs = [z for z in (*inner.zs, *outer.zs) if z is not None]
     g, u = inner.ys if keep else (x.new_empty(0, p.weight.shape[0]) for p in projections[:2])
-    return [unflatten_tokens(outer.ys[0], x.shape), inner.S, outer.S, g, u, *norms, *zs]
+    return [unflatten_tokens(outer.ys[0], x), inner.S, outer.S, g, u, *norms, *zs]
 
 
 @without_autocast
@@ -218,7 +218,7 @@ def _gradients(
         seeds,
         _needs(need),
     )
-    result = [] if dx is None else [unflatten_tokens(dx, dy.shape)]
+    result = [] if dx is None else [unflatten_tokens(dx, dy)]
     for of_one in gradients:
         result += of_one.given()
     return result

@@ -67,7 +67,12 @@ def backward(
     wants_h = needs[2].A and g is not None and u is not None
     # Where dh is wanted too, h comes out of the pass that makes dg and du: one act(g) for all of them. Only
     # native gives a dS to make dA of later.
-    if g is not None and u is not None and wants_h and (not needs[2].x or way_for(dy) is not native):
+    if (
+        g is not None
+        and u is not None
+        and wants_h
+        and (not needs[2].x or way_for(dy, backward=True) is not native)
+    ):
         h = hidden(g, u, activation)
     dh, outer, dS = stacked_torch.backward_and_rank_gradient(
         [dy], h, down, S_down, kept[2:], kept_is_z[2:], ps[2:], down_seeds, needs[2:]

@@ -138,7 +138,7 @@ def _forward(
     h = flatten_tokens(x) @ lora_A.to(dtype).t()
     n, mean, rstd = _normalised(h, norm_weight, norm_bias)
     y = torch.addmm(flatten_tokens(base), n.to(dtype), lora_B.to(dtype).t(), alpha=scaling)
-    return unflatten_tokens(y, base.shape), h, mean, rstd
+    return unflatten_tokens(y, base), h, mean, rstd
 
 
 @without_autocast
@@ -178,7 +178,7 @@ def _gradients(
         if need_x or need_A:
             dh = dh.to(dy.dtype)
         if need_x:
-            results[0] = unflatten_tokens(dh @ lora_A.to(dy.dtype), dy.shape)
+            results[0] = unflatten_tokens(dh @ lora_A.to(dy.dtype), dy)
         if need_A:
             assert x is not None
             results[1] = (dh.t() @ flatten_tokens(x)).to(lora_A.dtype)

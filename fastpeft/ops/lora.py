@@ -112,7 +112,7 @@ def _decode(
 ) -> Tensor:
     """Return y for a few tokens that nobody differentiates."""
     y = kernel_paths.lora_decode(flatten_tokens(x), weight, bias, lora_A, lora_B, scaling)
-    return unflatten_tokens(y, x.shape)
+    return unflatten_tokens(y, x)
 
 
 @without_autocast
@@ -136,7 +136,7 @@ def _forward(
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed)
         result = way.forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, None, False)
         y, S = result.y, result.S
-    return unflatten_tokens(y, x.shape), S
+    return unflatten_tokens(y, x), S
 
 
 @without_autocast
@@ -176,7 +176,7 @@ def _gradients(
             bias_dtype=bias_dtype,
         )
     else:
-        way = way_for(dy2d)
+        way = way_for(dy2d, backward=True)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed)
         wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias)
         result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, None, None)
@@ -185,7 +185,7 @@ def _gradients(
         dB = None if result.B is None else cast(result.B, lora_B.dtype)
         dbias = None if result.bias is None else result.bias.to(bias_dtype)
     if dx is not None:
-        dx = unflatten_tokens(dx, dy.shape)
+        dx = unflatten_tokens(dx, dy)
     return dx, dA, dB, dbias
 
 

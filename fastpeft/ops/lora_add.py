@@ -199,7 +199,7 @@ def _gradients(
     else:
         dx, dA, dB = _torch_gradients(dy2d, tokens, lora_A, lora_B, S, scaling, dropout_p, seed, need)
     if dx is not None:
-        dx = unflatten_tokens(dx, dy.shape)
+        dx = unflatten_tokens(dx, dy)
     return [gradient for gradient in (dx, dA, dB) if gradient is not None]
 
 

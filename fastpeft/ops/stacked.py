@@ -122,7 +122,7 @@ def _decode(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Return the ys for a few tokens that nobody differentiates."""
     projections = [linears.with_norm(p, "triton") for p in projections]
     ys = block_kernels.stacked_decode(flatten_tokens(x), projections)
-    return tuple(unflatten_tokens(y, x.shape) for y in ys)
+    return tuple(unflatten_tokens(y, x) for y in ys)
 
 
 @without_autocast
@@ -144,7 +144,7 @@ def _forward(
     result = forward(flatten_tokens(x), projections, dropout_p, seeds, packed.keep_z(layout))
     norms = packed.missing_norms(given, projections)
     zs = [z for z in result.zs if z is not None]
-    return [*(unflatten_tokens(y, x.shape) for y in result.ys), result.S, *norms, *zs]
+    return [*(unflatten_tokens(y, x) for y in result.ys), result.S, *norms, *zs]
 
 
 @without_autocast
@@ -179,7 +179,7 @@ def _gradients(
         seeds,
         packed.needs_of(need),
     )
-    result = [] if dx is None else [unflatten_tokens(dx, dys[0].shape)]
+    result = [] if dx is None else [unflatten_tokens(dx, dys[0])]
     for g in gradients:
         result += g.given()
     return result

@@ -144,7 +144,7 @@ def backward_and_rank_gradient(
 
     Another way than native gives no dS. ``in_place`` allows c * dY to be written over dY.
     """
-    if way_for(dys[0]) is not native:
+    if way_for(dys[0], backward=True) is not native:
         dx, results = _backward_one_by_one(dys, x, projections, S, kept, kept_is_z, ps, seeds, needs)
         return dx, results, None
     dtype, dx, results = dys[0].dtype, None, []
@@ -218,7 +218,7 @@ def _backward_one_by_one(
     for i, (p, columns) in enumerate(zip(projections, columns_of(projections), strict=True)):
         A, B = adapter(p)
         dropout = _dropout(ps[i], seeds, i)
-        part = way_for(dys[i]).backward(
+        part = way_for(dys[i], backward=True).backward(
             dys[i], x, p.weight, A, B, S[:, columns], p.scaling, dropout, needs[i], scale_of(p), kept[i]
         )
         if part.x is not None:

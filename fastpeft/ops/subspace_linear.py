@@ -136,7 +136,7 @@ def _linear_gradients(
                 if at < 0
                 else add_projected(projection, weight, phi, tables, at, dy.dtype)
             )
-        found.append(unflatten_tokens(gradient @ (W.t() if transposed else W), x.shape))
+        found.append(unflatten_tokens(gradient @ (W.t() if transposed else W), x))
     return found if dphi is None else [*found, dphi]
 
 

@@ -12,13 +12,13 @@ from fastpeft.ops.products import Dropout, Forward
 from fastpeft.ops.row_norm import RowScale
 
 
-def way_for(tokens: Tensor) -> ModuleType:
-    """Return the module whose ``forward`` and ``backward`` serve ``tokens`` [tokens, features]."""
+def way_for(tokens: Tensor, *, backward: bool = False) -> ModuleType:
+    """Return the module whose ``forward`` (``backward``) serves x (dY), ``tokens`` [tokens, features]."""
     if tokens.element_size() != 2:
         return native
-    if few_tokens.serves(tokens):
-        return few_tokens
-    return blocked if products_in_fp32(tokens) else native
+    if products_in_fp32(tokens, backward=backward):
+        return blocked
+    return few_tokens if few_tokens.serves(tokens) else native
 
 
 def dora_forward(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft.backend import use_backend
-from fastpeft.ops.cpu_gemm import products_in_fp32
+from fastpeft.ops.cpu_gemm import fp32_from
 from fastpeft.ops.eager import seen_through
 from fastpeft.planning.building import replace_tensors
 
@@ -45,7 +45,9 @@ def on_device(model: nn.Module, device: Device, dtype: torch.dtype) -> Iterator[
         with use_backend("torch"), _in_place_of(F, scaled_dot_product_attention=_attention, dropout=_dropout):
             yield lambda *size, **kwargs: torch.zeros(*size, device="meta", **kwargs)
         return
-    products_in_fp32(torch.empty(64, 1, dtype=dtype))  # measured now: fake products take no time
+    if dtype in (torch.bfloat16, torch.float16):
+        for backward in (False, True):
+            fp32_from(dtype, backward)  # measured now: fake products take no time
     mode = FakeTensorMode()
     with mode:
         replace_tensors(

@@ -28,8 +28,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
 # every kernel leaves its counters at zero. Not for launches that a CUDA graph records: zeroing a new buffer
 # would be recorded too, and not be done for an eager launch, or for another graph that is replayed first; and
 # graphs of one capture stream may run side by side. Those have zeros of their own, written at each replay, in
-# the graph's own memory.
+# the graph's own memory. Nor for streams whose memory comes from a pool that somebody else counts, as in the
+# warm-up of torch.compile's CUDA graphs, where a tensor that stays is an error.
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+_PRIVATE: set[tuple[torch.device, int]] = set()
 
 
 def counters(count: int, like: Tensor) -> Tensor:
@@ -40,9 +42,26 @@ def counters(count: int, like: Tensor) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=like.device)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.device.type == "cuda" else 0
     key = (like.device, stream)
-    if key not in _COUNTERS or _COUNTERS[key].numel() < count:
-        _COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
-    return _COUNTERS[key]
+    kept = _COUNTERS.get(key)
+    if kept is not None and kept.numel() >= count:
+        return kept
+    made = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+    if key not in _PRIVATE and _is_in_private_pool(made):
+        _PRIVATE.add(key)  # asked once: a snapshot of all memory takes milliseconds
+    if key not in _PRIVATE:
+        _COUNTERS[key] = made
+    return made
+
+
+def _is_in_private_pool(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is of another pool than the allocator's own."""
+    if tensor.device.type != "cuda":
+        return False
+    address = tensor.untyped_storage().data_ptr()
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            return tuple(segment.get("segment_pool_id", ())) not in ((), (0, 0))
+    return False
 
 
 def _is_recorded(like: Tensor) -> bool:

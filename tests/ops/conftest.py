@@ -16,8 +16,7 @@ def force_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Return a function that forces "native", "fp32" (in blocks of a few rows) or "few" tokens' products."""
 
     def force(way: str) -> None:
-        monkeypatch.setattr(cpu_gemm, "fp32_is_faster", lambda dtype: way == "fp32")
-        monkeypatch.setattr(cpu_gemm, "MIN_TOKENS", 0)
+        monkeypatch.setattr(cpu_gemm, "fp32_from", lambda dtype, backward: 0 if way == "fp32" else 2**62)
         monkeypatch.setattr(few_tokens, "MAX_TOKENS", 10**9 if way == "few" else -1)
         monkeypatch.setattr(blocked, "BLOCK_BYTES", 0)
         monkeypatch.setattr(blocked, "MIN_ROWS", 8)

@@ -11,56 +11,77 @@ from fastpeft.ops import cpu_gemm
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    cpu_gemm.fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_from.cache_clear()
     monkeypatch.delenv(cpu_gemm.ENVIRONMENT_VARIABLE, raising=False)
     yield
-    cpu_gemm.fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_from.cache_clear()
 
 
-def rates(monkeypatch, **seconds: float) -> None:
+def rates(monkeypatch, own: dict[int, float], backward: bool = False) -> None:
+    """Seconds of the 16-bit product by tokens, 1.0 where none are given; fp32's is always 1.0."""
+
+    def least(dtype: torch.dtype, tokens: int, is_backward: bool) -> tuple[float, float]:
+        return own.get(tokens, 1.0) if is_backward is backward else 1.0, 1.0
+
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(
-        cpu_gemm, "_least_seconds", lambda dtypes: [seconds[str(d).removeprefix("torch.")] for d in dtypes]
-    )
+    monkeypatch.setattr(cpu_gemm, "_least_seconds", least)
+
+
+def rows(tokens: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.ones(tokens, 8, dtype=dtype)
 
 
 def test_the_measurement_decides_with_a_margin(monkeypatch):
-    x = torch.ones(cpu_gemm.MIN_TOKENS, 8, dtype=torch.bfloat16)
-    rates(monkeypatch, bfloat16=1.6, float32=1.0)
-    assert cpu_gemm.products_in_fp32(x)
-    rates(monkeypatch, bfloat16=9.0, float32=10.0)
-    assert cpu_gemm.products_in_fp32(x), "once in a process"
-    cpu_gemm.fp32_is_faster.cache_clear()
-    rates(monkeypatch, bfloat16=1.2, float32=1.0)
-    assert not cpu_gemm.products_in_fp32(x)
+    rates(monkeypatch, {4: 1.2, 16: 1.6, 64: 0.1})
+    assert cpu_gemm.products_in_fp32(rows(16))
+    assert cpu_gemm.products_in_fp32(rows(64)), "from there on"
+    assert not cpu_gemm.products_in_fp32(rows(15))
+    assert not cpu_gemm.products_in_fp32(rows(512), backward=True)
+    assert cpu_gemm.fp32_is_faster(torch.bfloat16)
+    rates(monkeypatch, {1: 9.0})
+    assert not cpu_gemm.products_in_fp32(rows(1)), "once in a process"
+    cpu_gemm.fp32_from.cache_clear()
+    assert cpu_gemm.products_in_fp32(rows(1))
+    cpu_gemm.fp32_from.cache_clear()
+    rates(monkeypatch, {})
+    assert not cpu_gemm.products_in_fp32(rows(10_000))
+    assert not cpu_gemm.fp32_is_faster(torch.bfloat16)
+
+
+def test_backward_is_measured_apart(monkeypatch):
+    rates(monkeypatch, {1: 30.0}, backward=True)
+    assert cpu_gemm.products_in_fp32(rows(1), backward=True)
+    assert not cpu_gemm.products_in_fp32(rows(512))
 
 
 def test_amx_needs_no_measurement(monkeypatch):
-    rates(monkeypatch)
+    rates(monkeypatch, {256: 2.0})
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not cpu_gemm.products_in_fp32(torch.ones(512, 8, dtype=torch.bfloat16))
+    assert not cpu_gemm.products_in_fp32(rows(512))
+    assert cpu_gemm.products_in_fp32(rows(512, torch.float16)), "bf16 is what its tiles multiply"
 
 
-def test_few_tokens_and_wide_dtypes_stay_native(monkeypatch):
-    rates(monkeypatch, bfloat16=2.0, float16=2.0, float32=1.0)
-    assert not cpu_gemm.products_in_fp32(torch.ones(cpu_gemm.MIN_TOKENS - 1, 8, dtype=torch.bfloat16))
-    assert not cpu_gemm.products_in_fp32(torch.ones(512, 8))
-    assert cpu_gemm.products_in_fp32(torch.ones(512, 8, dtype=torch.float16))
+def test_wide_dtypes_stay_native(monkeypatch):
+    rates(monkeypatch, {1: 2.0})
+    assert not cpu_gemm.products_in_fp32(rows(512, torch.float32))
+    assert not cpu_gemm.products_in_fp32(rows(512, torch.float64), backward=True)
+    assert cpu_gemm.products_in_fp32(rows(512, torch.float16))
 
 
 def test_the_environment_overrides(monkeypatch):
-    x = torch.ones(512, 8, dtype=torch.bfloat16)
     for choice in ("fp32", "native"):
         monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, choice)
-        cpu_gemm.fp32_is_faster.cache_clear()
-        assert cpu_gemm.products_in_fp32(x) is (choice == "fp32")
+        cpu_gemm.fp32_from.cache_clear()
+        assert cpu_gemm.products_in_fp32(rows(512)) is (choice == "fp32")
+        assert cpu_gemm.products_in_fp32(rows(512), backward=True) is (choice == "fp32")
     monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, "fast")
-    cpu_gemm.fp32_is_faster.cache_clear()
+    cpu_gemm.fp32_from.cache_clear()
     with pytest.raises(fastpeft.ConfigError, match="expected one of auto, native, fp32, got 'fast'"):
-        cpu_gemm.products_in_fp32(x)
+        cpu_gemm.products_in_fp32(rows(512))
 
 
-def test_measuring_leaves_the_generator_alone():
+@pytest.mark.parametrize("backward", [False, True])
+def test_measuring_leaves_the_generator_alone(backward):
     state = torch.get_rng_state()
-    assert all(s > 0 for s in cpu_gemm._least_seconds((torch.float32, torch.bfloat16), repeats=1))
+    assert all(s > 0 for s in cpu_gemm._least_seconds(torch.bfloat16, 3, backward, repeats=1))
     assert torch.equal(torch.get_rng_state(), state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpeft.ops.dora import dora_linear
 from fastpeft.ops.lora import lora_linear
@@ -40,6 +41,24 @@ def test_grad_vmap_and_jvp(dora):
     torch.testing.assert_close(per_sample(x[:, None], lora_A, lora_B).sum(0), expected[2])
     _, forward_mode = torch.func.jvp(lambda x: loss(x, lora_A, lora_B), (x,), (x,))
     torch.testing.assert_close(forward_mode, (expected[0] * x).sum())
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_forward_mode(dora):
+    call, *tensors = layer(dora)
+    directions = [
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) for t in tensors
+    ]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = call(*leaves)
+    direction = torch.ones_like(y)
+    expected = sum(
+        (g * d).sum() for g, d in zip(torch.autograd.grad(y, leaves, direction), directions, strict=True)
+    )
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, d) for t, d in zip(tensors, directions, strict=True)]
+        found = forward_ad.unpack_dual(call(*duals)).tangent
+    torch.testing.assert_close(found.sum(), expected)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -13,6 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.kernels import interpreter
+
+if interpreter.ACTIVE:
+    interpreter.hasten()
+
 # Tiny tensors in two worker processes: with two threads each, they spend their time waiting for one another.
 torch.set_num_threads(1)
 

@@ -316,6 +316,20 @@ def test_a_parametrized_matrix_is_switched_on_and_off():
             assert layer.lora_A["two"].requires_grad == (name == "two")
 
 
+def test_a_parametrized_adapter_is_deleted():
+    model = patched()
+    before = logits(model)
+    keys = list(model.state_dict())
+    fastpeft.add_adapter(model, "two", fastpeft.LoRA(r=2))
+    for _, layer in adapter_layers(model):
+        register_parametrization(layer.lora_A, "two", Half())
+    fastpeft.set_adapter(model, "two")
+    fastpeft.delete_adapter(model, "two")
+    assert list(model.state_dict()) == keys
+    assert fastpeft.active_adapters(model) == ("default",)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+
+
 # --- devices
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastpeft.errors import ConfigError
 from fastpeft.layers.adapted import Adapter
@@ -284,7 +285,10 @@ class AdapterMixin(nn.Module):
         """Forget one adapter, if the layer has it."""
         if (spec := self.specs.pop(name, None)) is not None:
             for kind in (*spec.kinds, *spec.shared):
-                del getattr(self, kind)[name]
+                entries = getattr(self, kind)
+                if parametrize.is_parametrized(entries, name):  # then it is no entry that could be deleted
+                    parametrize.remove_parametrizations(entries, name, leave_parametrized=False)
+                del entries[name]
             self.lora_dropout._modules.pop(name, None)
         self._norm_caches.pop(name, None)
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)

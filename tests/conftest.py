@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models have blocks too."""
+    from fastpeft.blocks import worth
+
+    monkeypatch.setattr(worth, "MIN_ELEMENTS", 0)
+
+
+@pytest.fixture(autouse=True)
 def _tensors_where_kernels_reach_them(request: pytest.FixtureRequest) -> Iterator[None]:
     """With FASTPEFT_TEST_FAKE_GPU=1, fail what would fail on a GPU, in tests of kernels and ops."""
     from tests.device import FAKE_GPU

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.blocks import gated, shared
+from fastpeft.blocks import gated, shared, worth
 from fastpeft.blocks.install import described
 from fastpeft.blocks.source import called_together
 from tests.architectures import ARCHITECTURES
@@ -93,6 +93,25 @@ def test_blocks_compute_what_their_linears_do(layers, use_dora):
         assert stacked.call_count + one_op.call_count == len(layers)
     for got, want in zip(found, expected, strict=True):
         assert_close(got, want)
+
+
+def test_few_tokens_on_a_cpu_are_computed_linear_by_linear(monkeypatch):
+    model = patched(blocks(Attention(), Mlp()))
+    monkeypatch.setattr(worth, "MIN_ELEMENTS", 7 * HIDDEN)
+    few, enough = torch.randn(2, 3, HIDDEN), torch.randn(7, HIDDEN)
+    with (
+        mock.patch.object(shared, "stacked_linear", wraps=shared.stacked_linear) as stacked,
+        mock.patch.object(gated, "gated_mlp", wraps=gated.gated_mlp) as one_op,
+    ):
+        for got, want in zip(gradients(model, few), gradients(unfused(model), few), strict=True):
+            assert_close(got, want)
+        assert (stacked.call_count, one_op.call_count) == (0, 0)
+        model(enough)
+        assert (stacked.call_count, one_op.call_count) == (1, 1)
+        if not torch.cuda.is_available():  # where kernels run, the choice is measured per op
+            with fastpeft.use_backend("triton"):
+                model(few)
+            assert (stacked.call_count, one_op.call_count) == (2, 2)
 
 
 def test_a_linear_called_with_another_tensor_computes_its_own():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastpeft.blocks.reads import Notes, Reads, StandIn
 from fastpeft.blocks.view import View, dropout_of, is_called_bare, view_of
+from fastpeft.blocks.worth import is_worth_it
 from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.install import is_accelerated
 from fastpeft.ops.gated_mlp import Activation, gated_mlp
@@ -154,7 +155,7 @@ def gated_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     # Other code that wraps a forward, as accelerate's hooks do, goes on calling ours when it was taken off.
     if isinstance(roles, Gated) and len(args) == 1 and not kwargs:
         x = args[0]
-        if isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested:
+        if isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and is_worth_it(x):
             y = _fused(module, roles, x)
             if y is not None:
                 return y

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastpeft.blocks.stamp import stamp_of, version_of
 from fastpeft.blocks.view import View, dropout_of, view_of
+from fastpeft.blocks.worth import is_worth_it
 from fastpeft.ops._common import autocast_is_on
 from fastpeft.ops.stacked import stacked_linear
 
@@ -72,6 +73,8 @@ class Siblings:
 
     def result(self, name: str, x: Tensor) -> Tensor | None:
         """Return the linear's result for x where it is computed with its siblings, else None."""
+        if not is_worth_it(x):
+            return None
         thread = _thread()
         ready = self._ready.get(thread)
         if ready is not None:

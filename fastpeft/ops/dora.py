@@ -141,12 +141,12 @@ def dora_linear(
     on_base = dropout_on_base and seed is not None
     base = (x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
     if runs_eagerly(x):
-        trained = (x, bias, lora_A, lora_B, magnitude)
-        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
-            return _decode(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
-        return _DoRALinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            *base, number(dropout_p), seed, on_base, backend
-        )
+        options = (number(dropout_p), seed, on_base, backend)
+        if needs_gradients(x, bias, lora_A, lora_B, magnitude):
+            return _DoRALinear.apply(*base, *options)  # type: ignore[no-any-return, no-untyped-call]
+        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed):
+            return _decode(*base)
+        return _forward(*base, *options, keep=False)[0]
     ps, live_p = as_inputs([dropout_p])
     y: Tensor = torch.ops.fastpeft.dora_linear(*base, ps, live_p, seed, on_base, backend)[0]
     return y
@@ -188,10 +188,12 @@ def _forward(
     seed: Tensor | None,
     on_base: bool,
     backend: str,
+    *,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool]:
     """Return y [..., out_features], S [tokens, r], z where it is kept, n, and whether c is m / n."""
     tokens = flatten_tokens(x)
-    keep_z = keeps_product(x, bias, on_base)
+    keep_z = keep and keeps_product(x, bias, on_base)
     z: Tensor | None
     is_quotient = False
     if backend == "triton":

@@ -30,13 +30,14 @@ from fastpeft import backend as backends
 from fastpeft.errors import ConfigError, ShapeError
 from fastpeft.ops import block_kernels, gated_mlp_torch, packed, remade
 from fastpeft.ops import projections as linears
-from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
+from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.gated_mlp_torch import activated
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.products import Need
 from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
+from fastpeft.ops.stacked_torch import Stacked
 from fastpeft_kernels.projection import Projection
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -126,11 +127,15 @@ def gated_mlp(
     seeds = draw_seeds(x, ps[1:] if one_inner_mask else ps, backend)
     if one_inner_mask and seeds is not None:
         seeds = torch.cat([seeds[:1], seeds])
-    tensors, layout, scalings = packed.pack(projections)
-    keep = needs_gradients(x, *tensors)
-    if runs_eagerly(x):
-        if backend == "triton" and not keep and block_kernels.decodes(x, projections, seeds):
+    keep = linears.needs_gradients(x, projections)
+    if runs_eagerly(x) and not keep:
+        if backend == "triton" and block_kernels.decodes(x, projections, seeds):
             return _decode(x, projections, activation)
+        now = [number(p) for p in ps]
+        _, _, outer = _compute(x, projections, activation, now, seeds, [False] * 3, False, backend)
+        return unflatten_tokens(outer.ys[0], x)
+    tensors, layout, scalings = packed.pack(projections)
+    if runs_eagerly(x):
         return _GatedMLP.apply(  # type: ignore[no-any-return,no-untyped-call]
             layout, scalings, activation, [number(p) for p in ps], seeds, keep, backend, x, *tensors
         )
@@ -149,6 +154,22 @@ def _decode(x: Tensor, projections: Sequence[Projection], activation: str) -> Te
 
 
 @without_autocast
+def _compute(
+    x: Tensor,
+    projections: Sequence[Projection],
+    activation: str,
+    dropout_p: Sequence[float],
+    seeds: Tensor | None,
+    keep_z: Sequence[bool],
+    keep: bool,
+    backend: str,
+) -> tuple[list[Projection], Stacked, Stacked]:
+    """Return the projections with their norms, and what the backend makes of x's tokens: g and u; y."""
+    complete = [linears.with_norm(p, backend) for p in projections]
+    forward = block_kernels.gated_forward if backend == "triton" else gated_mlp_torch.forward
+    return complete, *forward(flatten_tokens(x), complete, activation, dropout_p, seeds, keep_z, keep)
+
+
 def _forward(
     x: Tensor,
     tensors: list[Tensor],
@@ -167,14 +188,11 @@ def _forward(
     """
     dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     given = packed.unpack(tensors, layout, scalings)
-    projections = [linears.with_norm(p, backend) for p in given]
-    forward = block_kernels.gated_forward if backend == "triton" else gated_mlp_torch.forward
-    inner, outer = forward(
-        flatten_tokens(x), projections, activation, dropout_p, seeds, packed.keep_z(layout), keep
-    )
-    norms = packed.missing_norms(given, projections)
+    kept_zs = packed.keep_z(layout)
+    complete, inner, outer = _compute(x, given, activation, dropout_p, seeds, kept_zs, keep, backend)
+    norms = packed.missing_norms(given, complete)
     zs = [z for z in (*inner.zs, *outer.zs) if z is not None]
-    g, u = inner.ys if keep else (x.new_empty(0, p.weight.shape[0]) for p in projections[:2])
+    g, u = inner.ys if keep else (x.new_empty(0, p.weight.shape[0]) for p in complete[:2])
     return [unflatten_tokens(outer.ys[0], x), inner.S, outer.S, g, u, *norms, *zs]
 
 

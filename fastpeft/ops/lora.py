@@ -94,15 +94,17 @@ def lora_linear(
     backend = backends.resolve(x, op="lora_linear")
     seed = draw_seeds(x, [dropout_p], backend)
     if runs_eagerly(x):
-        trained = (x, bias, lora_A, lora_B)
-        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed) and not needs_gradients(*trained):
-            return _decode(x, weight, bias, lora_A, lora_B, scaling)
-        return _LoRALinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, weight, bias, lora_A, lora_B, scaling, number(dropout_p), seed, backend
-        )
+        inputs = (x, weight, bias, lora_A, lora_B, scaling)
+        options = (number(dropout_p), seed, backend)
+        if needs_gradients(x, bias, lora_A, lora_B):
+            return _LoRALinear.apply(*inputs, *options)  # type: ignore[no-any-return, no-untyped-call]
+        if backend == "triton" and kernel_paths.decodes(x, lora_A, seed):
+            return _decode(*inputs)
+        return _forward(*inputs, *options)[0]
     ps, live_p = as_inputs([dropout_p])
-    inputs = (x, weight, bias, lora_A, lora_B, scaling, ps, live_p, seed, backend)
-    y: Tensor = torch.ops.fastpeft.lora_linear(*inputs)[0]
+    y: Tensor = torch.ops.fastpeft.lora_linear(
+        x, weight, bias, lora_A, lora_B, scaling, ps, live_p, seed, backend
+    )[0]
     return y
 
 

@@ -26,6 +26,7 @@ from fastpeft.ops._common import (
     accumulation_dtype,
     autocast_is_on,
     flatten_tokens,
+    needs_gradients,
     scaled_cast,
     unflatten_tokens,
     without_autocast,
@@ -84,12 +85,17 @@ def lora_add(
     tensors = (base, x, lora_A, lora_B)
     if runs_eagerly(x):
         overwrite = overwrite and base.is_contiguous() and not base._is_view()
+        if not needs_gradients(*tensors):
+            y = base if overwrite else base.clone(memory_format=torch.contiguous_format)
+            p = number(dropout_p)
+            _added(flatten_tokens(y), flatten_tokens(x), lora_A, lora_B, scaling, p, seed, backend)
+            return y
         return _LoRAAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
             *tensors, scaling, number(dropout_p), seed, backend, overwrite
         )
     ps, live_p = as_inputs([dropout_p])
-    y: Tensor = torch.ops.fastpeft.lora_add(*tensors, scaling, ps, live_p, seed, backend)[0]
-    return y
+    added: Tensor = torch.ops.fastpeft.lora_add(*tensors, scaling, ps, live_p, seed, backend)[0]
+    return added
 
 
 def _check(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

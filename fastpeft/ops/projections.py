@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.errors import ShapeError
-from fastpeft.ops._common import autocast_inputs, check_inputs
+from fastpeft.ops._common import autocast_inputs, autocast_is_on, check_inputs
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.eager import is_transformed
 from fastpeft.ops.kernel_paths import kernels
@@ -34,6 +34,8 @@ def adapter(p: Projection) -> tuple[Tensor, Tensor]:
 
 def autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Projection]]:
     """Cast to autocast's dtype where it is on, as :func:`autocast_inputs` does."""
+    if not autocast_is_on(x):
+        return x, list(projections)
     cast = []
     for p in projections:
         _, weight, bias = autocast_inputs(x, p.weight, p.bias)
@@ -70,6 +72,14 @@ def check(what: str, x: Tensor, p: Projection) -> None:
 def needs_plain_autograd(projections: Sequence[Projection]) -> bool:
     """Whether a base weight wants a gradient, or ``torch.func`` is at work: neither is the fused ops'."""
     return is_transformed() or (torch.is_grad_enabled() and any(p.weight.requires_grad for p in projections))
+
+
+def needs_gradients(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether autograd will want a gradient of x or of anything that trains."""
+    if not torch.is_grad_enabled():
+        return False
+    trained = (t for p in projections for t in (p.bias, p.lora_A, p.lora_B, p.magnitude))
+    return x.requires_grad or any(t is not None and t.requires_grad for t in trained)
 
 
 def spread(

@@ -33,12 +33,12 @@ from fastpeft import backend as backends
 from fastpeft.errors import ShapeError
 from fastpeft.ops import block_kernels, packed, remade, stacked_torch
 from fastpeft.ops import projections as linears
-from fastpeft.ops._common import flatten_tokens, needs_gradients, unflatten_tokens, without_autocast
+from fastpeft.ops._common import flatten_tokens, unflatten_tokens, without_autocast
 from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, from_inputs, number
 from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
-from fastpeft.ops.stacked_torch import columns_of
+from fastpeft.ops.stacked_torch import Stacked, columns_of
 from fastpeft_kernels.projection import Projection
 
 
@@ -103,11 +103,14 @@ def stacked_linear(
             x, projections[most:], dropout_p=ps[most:], dropout_on_base=dropout_on_base
         )
     seeds = draw_seeds(x, ps, backend)
+    if runs_eagerly(x) and not linears.needs_gradients(x, projections):
+        if backend == "triton" and block_kernels.decodes(x, projections, seeds):
+            return _decode(x, projections)
+        keep_z = [False] * len(projections)
+        _, result = _compute(x, projections, [number(p) for p in ps], seeds, keep_z, backend)
+        return tuple(unflatten_tokens(y, x) for y in result.ys)
     tensors, layout, scalings = packed.pack(projections)
     if runs_eagerly(x):
-        decodes = backend == "triton" and block_kernels.decodes(x, projections, seeds)
-        if decodes and not needs_gradients(x, *tensors):
-            return _decode(x, projections)
         return _StackedLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             layout, scalings, [number(p) for p in ps], seeds, backend, x, *tensors
         )
@@ -126,6 +129,20 @@ def _decode(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
 
 
 @without_autocast
+def _compute(
+    x: Tensor,
+    projections: Sequence[Projection],
+    dropout_p: Sequence[float],
+    seeds: Tensor | None,
+    keep_z: Sequence[bool],
+    backend: str,
+) -> tuple[list[Projection], Stacked]:
+    """Return the projections with their norms, and what the backend makes of x's tokens."""
+    complete = [linears.with_norm(p, backend) for p in projections]
+    forward = block_kernels.stacked_forward if backend == "triton" else stacked_torch.forward
+    return complete, forward(flatten_tokens(x), complete, dropout_p, seeds, keep_z)
+
+
 def _forward(
     x: Tensor,
     tensors: list[Tensor],
@@ -139,10 +156,8 @@ def _forward(
     """Return the ys, S, the norms that were not given and the zs that are kept, in that order."""
     dropout_p, seeds = from_inputs(dropout_p, live_p, seeds)
     given = packed.unpack(tensors, layout, scalings)
-    projections = [linears.with_norm(p, backend) for p in given]
-    forward = block_kernels.stacked_forward if backend == "triton" else stacked_torch.forward
-    result = forward(flatten_tokens(x), projections, dropout_p, seeds, packed.keep_z(layout))
-    norms = packed.missing_norms(given, projections)
+    complete, result = _compute(x, given, dropout_p, seeds, packed.keep_z(layout), backend)
+    norms = packed.missing_norms(given, complete)
     zs = [z for z in result.zs if z is not None]
     return [*(unflatten_tokens(y, x) for y in result.ys), result.S, *norms, *zs]
 

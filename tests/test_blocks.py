@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from fastpeft import backend
 from fastpeft.blocks import gated, shared, worth
 from fastpeft.blocks.install import described
 from fastpeft.blocks.source import called_together
@@ -112,6 +113,43 @@ def test_few_tokens_on_a_cpu_are_computed_linear_by_linear(monkeypatch):
             with fastpeft.use_backend("triton"):
                 model(few)
             assert (stacked.call_count, one_op.call_count) == (2, 2)
+
+
+@pytest.mark.parametrize("layer", [Attention, Mlp])
+def test_compiled_blocks_do_not_depend_on_the_size(layer, monkeypatch):
+    monkeypatch.setattr(worth, "MIN_ELEMENTS", 100 * HIDDEN)
+    model = patched(blocks(layer()))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for tokens_ in (50, 150):
+        x = torch.randn(tokens_, HIDDEN)
+        torch._dynamo.mark_dynamic(x, 0, min=8, max=10_000)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_close(compiled(x), model(x))
+
+
+def test_what_small_inputs_leave_behind(monkeypatch):
+    monkeypatch.setattr(worth, "MIN_ELEMENTS", 7 * HIDDEN)
+    model = patched(blocks(Attention()))
+    attention = next(m for m in model.modules() if hasattr(m, "to_q"))
+    few = torch.randn(3, HIDDEN)
+    attention.to_q(torch.randn(9, HIDDEN))
+    assert attention.to_k.siblings[0]._ready
+    attention.to_k(few)
+    assert not attention.to_k.siblings[0]._ready, "and with it x and its graph"
+
+
+def test_few_tokens_need_no_backend_where_nothing_is_active(monkeypatch):
+    monkeypatch.setattr(worth, "MIN_ELEMENTS", 10**6)
+    model = patched(blocks(Mlp()))
+    x = torch.randn(3, HIDDEN)
+    with fastpeft.disable_adapters(model):
+        expected = model(x)
+        with (
+            mock.patch.object(backend, "_interpreting", return_value=False),
+            fastpeft.use_backend("triton"),
+        ):
+            torch.testing.assert_close(model(x), expected)
 
 
 def test_a_linear_called_with_another_tensor_computes_its_own():

@@ -1,7 +1,8 @@
 """Linears of one module that are called with the same tensor, one after the other: q, k and v; gate and up.
 
 The first of them computes all (:mod:`fastpeft.ops.stacked`: x is read once for all adapters, and kept once),
-and the others, called with that tensor, have their results ready. Which ones they are is read from the
+and the others, called with that tensor, have their results ready, unless x is so small that each computes its
+own (:mod:`fastpeft.blocks.worth`). Which ones they are is read from the
 module's source (:mod:`fastpeft.blocks.source`); one that is called with another tensor after all, or after x,
 the adapters or the modes have changed, computes its own, and where that happens again and again they are left
 alone.
@@ -73,9 +74,10 @@ class Siblings:
 
     def result(self, name: str, x: Tensor) -> Tensor | None:
         """Return the linear's result for x where it is computed with its siblings, else None."""
-        if not is_worth_it(x):
-            return None
         thread = _thread()
+        if not is_worth_it(x):
+            self.drop(thread)
+            return None
         ready = self._ready.get(thread)
         if ready is not None:
             if name in ready.results and self._is_still_so(ready, name, x):

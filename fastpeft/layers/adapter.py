@@ -287,7 +287,7 @@ class AdapterMixin(nn.Module):
             for kind in (*spec.kinds, *spec.shared):
                 entries = getattr(self, kind)
                 if parametrize.is_parametrized(entries, name):  # then it is no entry that could be deleted
-                    parametrize.remove_parametrizations(entries, name, leave_parametrized=False)
+                    parametrize.remove_parametrizations(entries, name, leave_parametrized=True)
                 del entries[name]
             self.lora_dropout._modules.pop(name, None)
         self._norm_caches.pop(name, None)

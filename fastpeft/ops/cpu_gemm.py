@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ MARGIN = 1.25
 # Tokens that are tried, the fewest first. What the cast costs does not grow with them: where fp32 wins, it
 # wins from there on.
 LADDER = (1, 4, 16, 64, 256)
-# With FASTPEFT_CPU_GEMM=fp32. For less, casting W takes longer than any product.
+# With FASTPEFT_CPU_GEMM=fp32, for both products: for fewer, what takes the time is the cast of W.
 FORCED_FROM = 4
 NEVER = 2**62
+_FOUND: dict[tuple[torch.dtype, bool], int] = {}
+_MEASURING = threading.Lock()
 
 
 def products_in_fp32(x: Tensor, *, backward: bool = False) -> bool:
@@ -47,7 +49,7 @@ def products_in_fp32(x: Tensor, *, backward: bool = False) -> bool:
 
 
 def fp32_is_faster(dtype: torch.dtype) -> bool:
-    """Whether this CPU's fp32 products are clearly faster than those of a 16-bit dtype, forward, at any size.
+    """Whether this CPU's fp32 products are clearly faster than a 16-bit dtype's, forward, from some size on.
 
     Raises:
         ConfigError: ``FASTPEFT_CPU_GEMM`` holds something else than a choice.
@@ -55,13 +57,21 @@ def fp32_is_faster(dtype: torch.dtype) -> bool:
     return fp32_from(dtype, False) < NEVER
 
 
-@cache
 def fp32_from(dtype: torch.dtype, backward: bool) -> int:
     """From how many tokens products of a 16-bit dtype are clearly slower than fp32 ones with a cast of W.
 
     Raises:
         ConfigError: ``FASTPEFT_CPU_GEMM`` holds something else than a choice.
     """
+    key = (dtype, backward)
+    if key not in _FOUND:
+        with _MEASURING:  # of threads that ask at once, all have the one answer
+            if key not in _FOUND:
+                _FOUND[key] = _fp32_from(dtype, backward)
+    return _FOUND[key]
+
+
+def _fp32_from(dtype: torch.dtype, backward: bool) -> int:
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if choice not in CHOICES:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(CHOICES)}, got {choice!r}")

@@ -133,6 +133,8 @@ def dora_linear(
         mask = dropped(torch.ones_like(x), dropout_p) if is_dropping(dropout_p) else None
         A, B, m = lora_A.to(x.dtype), lora_B.to(x.dtype), magnitude.to(x.dtype)
         return dora_linear_reference(x, weight, bias, A, B, m, scaling, mask, dropout_on_base)
+    if norm is not None and norm.requires_grad:
+        norm = norm.detach()
     if norm is None and weight.dtype != base_weight.dtype:
         with torch.no_grad():  # of the weight itself, not of autocast's copy
             norm = row_norm(base_weight, lora_A, lora_B, scaling, row_norm_squared(base_weight))
@@ -146,7 +148,8 @@ def dora_linear(
             return _DoRALinear.apply(*base, *options)  # type: ignore[no-any-return, no-untyped-call]
         if backend == "triton" and kernel_paths.decodes(x, lora_A, seed):
             return _decode(*base)
-        return _forward(*base, *options, keep=False)[0]
+        # The choice among kernels depends on whether z is kept, and a recomputation with gradients keeps it.
+        return _forward(*base, *options, keep=backend == "triton")[0]
     ps, live_p = as_inputs([dropout_p])
     y: Tensor = torch.ops.fastpeft.dora_linear(*base, ps, live_p, seed, on_base, backend)[0]
     return y

@@ -121,9 +121,9 @@ def _check(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         )
 
 
-def _product_dtype(tokens: Tensor) -> torch.dtype:
+def _product_dtype(tokens: Tensor, *, backward: bool = False) -> torch.dtype:
     """The dtype that the torch backend multiplies in (:mod:`cpu_gemm`, :mod:`few_tokens`)."""
-    in_fp32 = few_tokens.serves(tokens) or products_in_fp32(tokens)
+    in_fp32 = few_tokens.serves(tokens) or products_in_fp32(tokens, backward=backward)
     return torch.float32 if in_fp32 else tokens.dtype
 
 
@@ -221,7 +221,7 @@ def _torch_gradients(
     need: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B = need
-    dtype = _product_dtype(dy)
+    dtype = _product_dtype(dy, backward=True)
     exact = accumulation_dtype(dtype)
     g, bits, k = dy.to(dtype), None, 1.0
     if seed is not None and (need_x or need_A):

@@ -46,7 +46,9 @@ def autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list
 
 
 def with_norm(p: Projection, backend: str = "torch") -> Projection:
-    """Return the projection with DoRA's row norm, computed where the caller keeps none."""
+    """Return the projection with DoRA's row norm, a constant: the caller's, or computed if it keeps none."""
+    if p.norm is not None and p.norm.requires_grad:
+        return replace(p, norm=p.norm.detach())
     if p.magnitude is None or p.norm is not None or p.lora_A is None or p.lora_B is None:
         return p
     with torch.no_grad():
@@ -70,7 +72,7 @@ def check(what: str, x: Tensor, p: Projection) -> None:
 
 
 def needs_plain_autograd(projections: Sequence[Projection]) -> bool:
-    """Whether a base weight wants a gradient, or ``torch.func`` is at work: neither is the fused ops'."""
+    """Whether a base weight wants a gradient or a transform is at work: neither is the fused ops'."""
     return is_transformed() or (torch.is_grad_enabled() and any(p.weight.requires_grad for p in projections))
 
 

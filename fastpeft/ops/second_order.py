@@ -1,9 +1,10 @@
 """Second derivatives: gradients of gradients (penalties on them, Hessian products, ``functional.jvp``).
 
 The fused backwards are no formulas that autograd could differentiate. Where a graph of the backward is being
-built (``create_graph=True``), or many gradients are asked for at once (``is_grads_batched``), the gradients
-are made by differentiating the op's reference instead: plain operations on the tensors that forward saved.
-It takes plain autograd's time and memory, and nothing of it runs in an ordinary step.
+built (``create_graph=True``), many gradients are asked for at once (``is_grads_batched``), or forward-mode AD
+is at work, the gradients are made by differentiating the op's reference instead: plain operations on the
+tensors that forward saved. It takes plain autograd's time and memory, and nothing of it runs in an ordinary
+step.
 
 What the saved tensors do not tell (x, which is not kept where ``lora_A`` is frozen; a mask drawn by a Triton
 kernel) is refused when the second derivative is taken: the first one is right, and may be all that is wanted.
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpeft.errors import BackendError
 from fastpeft.ops._common import autocast_is_on
@@ -42,7 +44,8 @@ def differentiable(by_reference: Backward | None = None) -> Callable[[Backward],
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def either(ctx: Any, *gradients: Tensor | None) -> Any:
-            if not torch.is_grad_enabled() and not any(map(_is_batched, gradients)):
+            forward_mode = forward_ad._current_level >= 0
+            if not torch.is_grad_enabled() and not forward_mode and not any(map(_is_batched, gradients)):
                 return backward(ctx, *gradients)
             why = "it has no formula for it"
             if by_reference is not None:

@@ -47,18 +47,22 @@ def counters(count: int, like: Tensor) -> Tensor:
         return kept
     made = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
     if key not in _PRIVATE and _is_in_private_pool(made):
-        _PRIVATE.add(key)  # asked once: a snapshot of all memory takes milliseconds
+        _PRIVATE.add(key)  # for good: it is asked once, for a snapshot of all memory takes milliseconds
     if key not in _PRIVATE:
         _COUNTERS[key] = made
     return made
 
 
 def _is_in_private_pool(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is of another pool than the allocator's own."""
+    """Whether a tensor's memory is, or may be, of another pool than the allocator's own."""
     if tensor.device.type != "cuda":
         return False
     address = tensor.untyped_storage().data_ptr()
-    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+    try:
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    except RuntimeError:  # cudaMallocAsync and pluggable allocators have none
+        return True
+    for segment in segments:
         if segment["address"] <= address < segment["address"] + segment["total_size"]:
             return tuple(segment.get("segment_pool_id", ())) not in ((), (0, 0))
     return False

@@ -11,10 +11,10 @@ from fastpeft.ops import cpu_gemm
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    cpu_gemm.fp32_from.cache_clear()
+    cpu_gemm._FOUND.clear()
     monkeypatch.delenv(cpu_gemm.ENVIRONMENT_VARIABLE, raising=False)
     yield
-    cpu_gemm.fp32_from.cache_clear()
+    cpu_gemm._FOUND.clear()
 
 
 def rates(monkeypatch, own: dict[int, float], backward: bool = False) -> None:
@@ -40,9 +40,9 @@ def test_the_measurement_decides_with_a_margin(monkeypatch):
     assert cpu_gemm.fp32_is_faster(torch.bfloat16)
     rates(monkeypatch, {1: 9.0})
     assert not cpu_gemm.products_in_fp32(rows(1)), "once in a process"
-    cpu_gemm.fp32_from.cache_clear()
+    cpu_gemm._FOUND.clear()
     assert cpu_gemm.products_in_fp32(rows(1))
-    cpu_gemm.fp32_from.cache_clear()
+    cpu_gemm._FOUND.clear()
     rates(monkeypatch, {})
     assert not cpu_gemm.products_in_fp32(rows(10_000))
     assert not cpu_gemm.fp32_is_faster(torch.bfloat16)
@@ -71,11 +71,11 @@ def test_wide_dtypes_stay_native(monkeypatch):
 def test_the_environment_overrides(monkeypatch):
     for choice in ("fp32", "native"):
         monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, choice)
-        cpu_gemm.fp32_from.cache_clear()
+        cpu_gemm._FOUND.clear()
         assert cpu_gemm.products_in_fp32(rows(512)) is (choice == "fp32")
         assert cpu_gemm.products_in_fp32(rows(512), backward=True) is (choice == "fp32")
     monkeypatch.setenv(cpu_gemm.ENVIRONMENT_VARIABLE, "fast")
-    cpu_gemm.fp32_from.cache_clear()
+    cpu_gemm._FOUND.clear()
     with pytest.raises(fastpeft.ConfigError, match="expected one of auto, native, fp32, got 'fast'"):
         cpu_gemm.products_in_fp32(rows(512))
 

@@ -61,6 +61,19 @@ def test_forward_mode(dora):
     torch.testing.assert_close(found.sum(), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_the_gradient_of_a_dy_with_a_tangent(dora, shape):
+    call, _, *adapter = layer(dora)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    y = call(x, *adapter)
+    dy, tangent = torch.ones_like(y), 2 * torch.ones_like(y)
+    (expected,) = torch.autograd.grad(y, x, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(dx).tangent, expected)
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_compiled_graph_holds_the_op(dora):
     call, *tensors = layer(dora)

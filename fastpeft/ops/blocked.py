@@ -30,10 +30,15 @@ MIN_ROWS = 64
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Yield the rows of W block by block."""
+    """Yield the rows of W block by block; one block without a row, where there are none."""
     out_features, in_features = weight.shape
     rows = max(MIN_ROWS, BLOCK_BYTES // (4 * max(in_features, 1)))
-    return (slice(start, min(start + rows, out_features)) for start in range(0, out_features, rows))
+    return (slice(start, min(start + rows, out_features)) for start in range(0, max(out_features, 1), rows))
+
+
+def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``total + a b``, in total's memory: a first product needs no zeros to be added to."""
+    return a @ b if total is None else total.addmm_(a, b)
 
 
 def weight_product(weight: Tensor, lora_A: Tensor) -> Tensor:
@@ -59,7 +64,9 @@ def forward(
     if dropout is not None:
         kept = keep(x32, keep_bits(x.shape, dropout.p, dropout.seed, x32))
         k = keep_scale(dropout.p)
-    S = (kept @ A.t()).mul_(k)
+    S = kept @ A.t()
+    if k != 1.0:
+        S.mul_(k)
     sB = lora_B.float() * scaling
     on_base = c is not None and dropout is not None and dropout.on_base
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -95,8 +102,8 @@ def backward(
     (tokens, out_features), in_features = dy.shape, weight.shape[1]
     A, sB, S32 = lora_A.float(), lora_B.float() * scaling, S.float()
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=dy.device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=dy.device)
 
     bits, k = None, 1.0
     if dropout is not None and (need.x or need.A):
@@ -104,13 +111,13 @@ def backward(
         k = keep_scale(dropout.p)
     on_base = c is not None and dropout is not None and dropout.on_base
     result = Gradients(
-        B=zeros(*lora_B.shape) if need.B else None,
-        bias=zeros(out_features) if need.bias else None,
-        dot=zeros(out_features) if need.dot else None,
+        B=empty(*lora_B.shape) if need.B else None,
+        bias=empty(out_features) if need.bias else None,
+        dot=empty(out_features) if need.dot else None,
     )
-    dS = zeros(tokens, lora_A.shape[0])
-    dx = zeros(tokens, in_features) if need.x else None
-    dropped_dx = zeros(tokens, in_features) if need.x and bits is not None else None
+    dS: Tensor | None = None
+    dx: Tensor | None = None
+    dropped_dx: Tensor | None = None
     for rows in _blocks(weight):
         dy32 = dy[:, rows].float()
         if result.bias is not None:
@@ -119,27 +126,29 @@ def backward(
             assert kept is not None
             result.dot[rows] = (dy32 * kept[:, rows]).sum(0)
         g = dy32 if c is None else dy32 * c[rows]
-        if dx is not None:
+        if need.x:
             W = weight[rows].float()
-            dx.addmm_(dy32 if on_base else g, W)
-            if dropped_dx is not None and on_base:
+            dx = _plus(dx, dy32 if on_base else g, W)
+            if bits is not None and on_base:
                 # The base product on x has dY's gradient; the one on the dropped x has what c adds to it.
-                dropped_dx.addmm_(g - dy32, W)
+                dropped_dx = _plus(dropped_dx, g - dy32, W)
         if need.x or need.A:
-            dS.addmm_(g, sB[rows])
+            dS = _plus(dS, g, sB[rows])
         if result.B is not None:
             torch.mm(g.t(), S32, out=result.B[rows])
     if result.B is not None:
         result.B.mul_(scaling)
     if dx is not None:
-        if dropped_dx is None:
+        assert dS is not None
+        if bits is None:
             dx.addmm_(dS, A)
         else:
-            assert bits is not None
-            dx.add_(keep_(dropped_dx.addmm_(dS, A), bits), alpha=k)
+            dx.add_(keep_(_plus(dropped_dx, dS, A), bits), alpha=k)
         result.x = dx.to(dy.dtype)
     if need.A:
         assert x is not None
+        assert dS is not None
         x32 = x.float()
-        result.A = (dS.t() @ (x32 if bits is None else keep_(x32, bits))).mul_(k)
+        dA = dS.t() @ (x32 if bits is None else keep_(x32, bits))
+        result.A = dA if k == 1.0 else dA.mul_(k)
     return result

@@ -1,9 +1,10 @@
 """Whether a CPU multiplies 16-bit matrices faster as they are or in fp32 (:mod:`fastpeft.ops.blocked`).
 
 Matrix units (AMX) make 16-bit products several times faster than fp32 ones; vector units alone may make
-them slower, and a CPU without 16-bit arithmetic much slower: oneDNN's ``dY W`` runs there at 1 GFLOP/s, its
-``x W^T`` at 17, where fp32 reaches 60 a thread. So without AMX it is measured from how many tokens on fp32
-wins, the cast of W included: once in a process for either product, when the first one is due, and logged.
+them slower, and a CPU without 16-bit arithmetic much slower: at 64 x 768 x 768 oneDNN's ``dY W`` ran at 1.1
+GFLOP/s there, its ``x W^T`` at 10, and either in fp32, casts included, at 69 (an AVX2 EPYC, one thread). So
+without AMX it is measured from how many tokens on fp32 wins, the cast of W included: once in a process for
+either product, when the first one is due, and logged.
 ``FASTPEFT_CPU_GEMM=native`` or ``fp32`` decides without a measurement; set it where several processes must
 agree to the last bit.
 """

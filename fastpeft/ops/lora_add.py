@@ -85,17 +85,16 @@ def lora_add(
     tensors = (base, x, lora_A, lora_B)
     if runs_eagerly(x):
         overwrite = overwrite and base.is_contiguous() and not base._is_view()
-        if not needs_gradients(*tensors):
-            y = base if overwrite else base.clone(memory_format=torch.contiguous_format)
-            p = number(dropout_p)
-            _added(flatten_tokens(y), flatten_tokens(x), lora_A, lora_B, scaling, p, seed, backend)
-            return y
-        return _LoRAAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
-            *tensors, scaling, number(dropout_p), seed, backend, overwrite
-        )
+        options = (scaling, number(dropout_p), seed, backend)
+        if needs_gradients(*tensors):
+            return _LoRAAdd.apply(*tensors, *options, overwrite)  # type: ignore[no-any-return, no-untyped-call]
+        if not overwrite:
+            return _forward(*tensors, *options)[0]
+        _added(flatten_tokens(base), flatten_tokens(x), lora_A, lora_B, *options)
+        return base
     ps, live_p = as_inputs([dropout_p])
-    added: Tensor = torch.ops.fastpeft.lora_add(*tensors, scaling, ps, live_p, seed, backend)[0]
-    return added
+    y: Tensor = torch.ops.fastpeft.lora_add(*tensors, scaling, ps, live_p, seed, backend)[0]
+    return y
 
 
 def _check(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -90,29 +90,18 @@ def read(module: Any, name: str) -> Adapter | str:
         return _read_svd(module, name)
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
-    for inner, what in ((lora_A, "lora_A"), (lora_B, "lora_B")):
-        if type(inner) is not nn.Linear and not _is_block_diagonal(inner):
-            return f"{what} is {type(inner).__name__}, not nn.Linear"
-    if has_hooks(lora_A) or has_hooks(lora_B) or has_hooks(dropout):
-        return "hooks on lora_A, lora_B or lora_dropout"
-    if is_replaced(lora_A) or is_replaced(lora_B):
-        return "forward of lora_A or lora_B replaced by other code"
-    in_blocks = type(lora_A) is not nn.Linear, type(lora_B) is not nn.Linear
-    A, B = parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
-    bias = None if in_blocks[1] else parameter_of(lora_B, "bias")
-    assert A is not None, "an nn.Linear's"
-    assert B is not None, "an nn.Linear's"
-    for tensor, what in ((A, "lora_A"), (B, "lora_B")):
-        if not is_plain(tensor):
-            return f"{what} is {type(tensor).__name__}, not a plain tensor"
-    if in_blocks[0] and A.dim() == 2:
-        A = lora_A.weight_as_blockdiagonal_matrix()
-    if in_blocks[1] and B.dim() == 2:
-        B = lora_B.weight_as_blockdiagonal_matrix()
+    A, B = _matrix(lora_A, "lora_A"), _matrix(lora_B, "lora_B")
+    if isinstance(A, str):
+        return A
+    if isinstance(B, str):
+        return B
     if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
         return "lora_A or lora_B is a shard"  # FSDP1 wraps trainable leaves apart
-    if not in_blocks[0] and parameter_of(lora_A, "bias") is not None:
+    if type(lora_A) is nn.Linear and parameter_of(lora_A, "bias") is not None:
         return "lora_A has a bias"
+    bias = parameter_of(lora_B, "bias") if type(lora_B) is nn.Linear else None
+    if has_hooks(dropout):
+        return "hooks on lora_dropout"
     if (p := probability_of(dropout)) is None:
         return f"lora_dropout is {dropout}"
     magnitude: Tensor | None = None
@@ -139,6 +128,23 @@ def read(module: Any, name: str) -> Adapter | str:
     elif bias is not None:
         bias = bias * scaling
     return Adapter(name, A, B, bias, scaling, p, magnitude)
+
+
+def _matrix(inner: Any, what: str) -> Tensor | str:
+    """Return the weight of lora_A or lora_B (``what``), or why calling it is more than a product with it."""
+    is_linear = type(inner) is nn.Linear
+    if not is_linear and not _is_block_diagonal(inner):
+        return f"{what} is {type(inner).__name__}, not nn.Linear"
+    if has_hooks(inner):
+        return f"hooks on {what}"
+    if is_replaced(inner):
+        return f"forward of {what} replaced by other code"
+    weight = parameter_of(inner, "weight")
+    if weight is None or not is_plain(weight):
+        return f"{what} is {type(weight).__name__}, not a plain tensor"
+    if not is_linear and weight.dim() == 2:
+        weight = inner.weight_as_blockdiagonal_matrix()
+    return weight
 
 
 def _is_block_diagonal(inner: Any) -> bool:

@@ -34,15 +34,14 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 def linear_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What ``module(x)`` computes, for a PEFT layer whose lora_A and lora_B are linears."""
-    response = module._fastpeft_layer.response
-    y = _forward(module, x, *args, **kwargs)
-    if response is None:
-        return y
-    return suppressed(module.base_layer(x, *args, **_for_base(kwargs)), y, response)
-
-
-def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layer: Layer = module._fastpeft_layer
+    y = _forward(module, layer, x, args, kwargs)
+    if layer.response is None:
+        return y
+    return suppressed(module.base_layer(x, *args, **_for_base(kwargs)), y, layer.response)
+
+
+def _forward(module: Any, layer: Layer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     names = kwargs.get("adapter_names")
     if module._disable_adapters or (module.merged_adapters and names is None):
         module._check_forward_args(x, *args, **kwargs)

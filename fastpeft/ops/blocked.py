@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
-from fastpeft.ops.products import Dropout, Forward, Gradients, Need
+from fastpeft.ops.products import Dropout, Forward, Gradients, Need, RowScale
 
 # Of fp32 weights. Measured from 1 to 16 MiB: less makes more calls than it saves in cache misses.
 BLOCK_BYTES = 2**22
@@ -55,11 +55,12 @@ def forward(
     lora_B: Tensor,
     scaling: float,
     dropout: Dropout | None,
-    c: Tensor | None,
+    scale: RowScale | None,
     keep_z: bool,
 ) -> Forward:
-    """x is [tokens, in_features] in 16 bits, ``c`` DoRA's row scale; the rest is as the ops take it."""
+    """x is [tokens, in_features] in 16 bits, ``scale`` DoRA's; the rest is as the ops take it."""
     x32, A = x.float(), lora_A.float()
+    c = None if scale is None else scale.c
     kept, k = x32, 1.0
     if dropout is not None:
         kept = keep(x32, keep_bits(x.shape, dropout.p, dropout.seed, x32))
@@ -95,12 +96,13 @@ def backward(
     scaling: float,
     dropout: Dropout | None,
     need: Need,
-    c: Tensor | None,
+    scale: RowScale | None,
     kept: Tensor | None,
 ) -> Gradients:
-    """dy and kept (for ``need.dot``) are [tokens, out_features], ``c`` is DoRA's row scale."""
+    """dy and kept (for ``need.dot``) are [tokens, out_features]."""
     (tokens, out_features), in_features = dy.shape, weight.shape[1]
     A, sB, S32 = lora_A.float(), lora_B.float() * scaling, S.float()
+    c = None if scale is None else scale.c
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=dy.device)

@@ -53,7 +53,7 @@ from fastpeft.ops.dropout import draw_seeds
 from fastpeft.ops.eager import is_transformed, runs_eagerly
 from fastpeft.ops.probability import Probability, as_inputs, dropped, from_inputs, is_dropping, number
 from fastpeft.ops.products import Dropout, Need
-from fastpeft.ops.row_norm import checked_row_scale, row_norm, row_norm_squared, row_scale
+from fastpeft.ops.row_norm import checked_row_scale, magnitude_gradient, row_norm, row_norm_squared
 from fastpeft.ops.second_order import differentiable, gradients_of, mask_of, saved_x
 from fastpeft.ops.ways import dora_forward, way_for
 
@@ -193,12 +193,11 @@ def _forward(
     backend: str,
     *,
     keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool]:
-    """Return y [..., out_features], S [tokens, r], z where it is kept, n, and whether c is m / n."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return y [..., out_features], S [tokens, r], z where it is kept, and n."""
     tokens = flatten_tokens(x)
     keep_z = keep and keeps_product(x, bias, on_base)
     z: Tensor | None
-    is_quotient = False
     if backend == "triton":
         y, S, z, n = kernel_paths.dora_forward(
             tokens,
@@ -219,8 +218,7 @@ def _forward(
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
         scale = checked_row_scale(magnitude, n)
         y, S, z = dora_forward(tokens, weight, bias, lora_A, lora_B, scaling, dropout, scale, keep_z)
-        is_quotient = scale.is_quotient
-    return unflatten_tokens(y, x), S, z, n if norm is None else norm, is_quotient
+    return unflatten_tokens(y, x), S, z, n if norm is None else norm
 
 
 @without_autocast
@@ -242,12 +240,8 @@ def _gradients(
     backend: str,
     need: Sequence[bool],
     bias_dtype: torch.dtype | None,
-    is_quotient: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of (x, bias, lora_A, lora_B, magnitude), None where ``need`` does not ask for it.
-
-    ``is_quotient``: forward's :func:`checked_row_scale` said so, which is not asked again.
-    """
+    """Return the gradients of (x, bias, lora_A, lora_B, magnitude), None where ``need`` asks for none."""
     need_x, need_bias, need_A, need_B, need_m = need
     dy2d = flatten_tokens(dy)
     tokens = None if x is None else flatten_tokens(x)
@@ -276,23 +270,20 @@ def _gradients(
             bias_dtype=bias_dtype,
         )
     else:
-        m = cast(magnitude, norm.dtype)
-        c = m / norm if is_quotient else row_scale(magnitude, norm)
+        scale = checked_row_scale(magnitude, norm)
         way = way_for(dy2d, backward=True)
         dropout = None if seed is None else Dropout(p=dropout_p, seed=seed, on_base=on_base)
         wanted = Need(x=need_x, A=need_A, B=need_B, bias=need_bias, dot=need_m)
-        result = way.backward(dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, c, kept2d)
+        result = way.backward(
+            dy2d, tokens, weight, lora_A, lora_B, S, scaling, dropout, wanted, scale, kept2d
+        )
         dx = result.x
         dA = None if result.A is None else cast(result.A, lora_A.dtype)
         dB = None if result.B is None else cast(result.B, lora_B.dtype)
         dbias = None if result.bias is None else result.bias.to(bias_dtype)
         dm = None
-        if result.dot is not None and is_quotient:
-            dm = cast(result.dot / (norm if kept_is_z else m), magnitude.dtype)
-        elif result.dot is not None:
-            # y / c is y n / m where c is the quotient: the bits of is_quotient, beside a row that is guarded.
-            divisor = norm if kept_is_z else torch.where(c == m / norm, m, c * norm)
-            dm = torch.where(norm > 0, result.dot / divisor, 0.0).to(magnitude.dtype)
+        if result.dot is not None:
+            dm = magnitude_gradient(result.dot, scale, magnitude, norm, kept_is_z=kept_is_z)
     if dx is not None:
         dx = unflatten_tokens(dx, dy)
     return dx, dbias, dA, dB, dm
@@ -316,7 +307,7 @@ def _forward_op(
     """Return y, S, z (empty if not kept) and n (empty if it was given)."""
     (p,), seed = from_inputs(dropout_p, live_p, seed)
     base = (x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
-    y, S, z, n, _ = _forward(*base, p, seed, on_base, backend)
+    y, S, z, n = _forward(*base, p, seed, on_base, backend)
     return y, S, y.new_empty(0, weight.shape[0]) if z is None else z, n if norm is None else n.new_empty(0)
 
 
@@ -451,7 +442,7 @@ def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 12
     need_x, _weight, need_bias, need_A, need_B, need_m = ctx.needs_input_grad[:6]
     x, _kept, weight, lora_A, lora_B, magnitude, _S, norm, seed = ctx.saved_tensors
-    scaling, p, on_base, _keeps_z, backend, bias_dtype, _ = ctx.options
+    scaling, p, on_base, _keeps_z, backend, bias_dtype = ctx.options
     x = saved_x(x, dy, weight.shape[1], (need_A, need_B, need_m))
     mask = mask_of(x, p, seed, backend)
 
@@ -472,12 +463,12 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, lora_A, lora_B, magnitude, _norm, scaling, dropout_p, seed, on_base, backend = inputs
-        y, S, z, norm, is_quotient = _forward(*inputs)
+        y, S, z, norm = _forward(*inputs)
         x, kept, keeps_z = _kept(ctx, x, bias, on_base, y, z)
         ctx.save_for_backward(x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed)
         ctx.set_materialize_grads(False)
         bias_dtype = None if bias is None else bias.dtype
-        ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, bias_dtype, is_quotient)
+        ctx.options = (scaling, dropout_p, on_base, keeps_z, backend, bias_dtype)
         return y
 
     @staticmethod
@@ -489,10 +480,10 @@ class _DoRALinear(torch.autograd.Function):
         need = [need_x, *of_parameters]
         x, kept, weight, lora_A, lora_B, magnitude, S, norm, seed = ctx.saved_tensors
         tensors = (dy, x, kept, weight, lora_A, lora_B, magnitude, S, norm)
-        scaling, p, on_base, keeps_z, backend, bias_dtype, is_quotient = ctx.options
+        scaling, p, on_base, keeps_z, backend, bias_dtype = ctx.options
         options = (seed, on_base, keeps_z, backend, need, bias_dtype)
         if runs_eagerly(dy):
-            dx, dbias, dA, dB, dm = _gradients(*tensors, scaling, p, *options, is_quotient)
+            dx, dbias, dA, dB, dm = _gradients(*tensors, scaling, p, *options)
         else:  # an autograd that is traced
             found = iter(torch.ops.fastpeft.dora_linear_backward(*tensors, scaling, [p], None, *options))
             dx, dbias, dA, dB, dm = (next(found) if needed else None for needed in need)

@@ -8,27 +8,29 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops._common import accumulation_dtype
+from fastpeft.ops.products import RowScale
 
 # Of a temporary. Above 32 MiB glibc maps and unmaps it at every use: a sum of 2048 x 4096 then takes 11 ms
 # instead of 3, all of it page faults.
 CHUNK_ELEMENTS = 2**20
+# How far from 1 a row scale may lie for one pass without fp32.
+NEAR = 0.25
 
 
-def scale_features(y: Tensor, c: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return ``y * c`` for y [tokens, features] and an fp32 (fp64) ``c`` [features], in y's dtype.
+def scale_features(y: Tensor, scale: RowScale, *, out: Tensor | None = None) -> Tensor:
+    """Return ``y * c`` for y [tokens, features] and the scale's c [features], in y's dtype.
 
     ``c`` is not rounded to y's dtype first: near 1, where DoRA's row scale lives, bf16 cannot tell a step of
     the magnitude from none. On a CPU a mixed-dtype product makes fp32 copies of whole tensors (measured 2x
     the time of the pass below, at 512 x 2048), so ``c`` is applied as ``y + y * (c - 1)`` with ``c - 1`` in
-    16 bits where it lies within 1/4 of 1 (error at most a quarter of y's own rounding). Features beyond that
-    are taken out and multiplied in fp32, so that no feature's bits depend on another's scale.
+    16 bits where it lies within ``NEAR`` of 1 (error at most a quarter of y's own rounding). Features beyond
+    that are taken out and multiplied in fp32, so that no feature's bits depend on another's scale.
     """
-    out = torch.empty_like(y) if out is None else out
+    out, c = torch.empty_like(y) if out is None else out, scale.c
     if y.dtype == c.dtype or not y.is_cpu:
         return torch.mul(y, c, out=out)
     excess = c - 1.0
-    is_far = excess.abs() > 0.25
-    if not is_far.any():
+    if scale.is_near or not (is_far := excess.abs() > NEAR).any():
         return torch.addcmul(y, y, excess.to(y.dtype), out=out)
     far = is_far.nonzero().squeeze(1)
     # Before the pass, which may be in place; by runs of rows, for the fp32 copy stays small.

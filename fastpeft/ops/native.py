@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpeft.ops._common import accumulation_dtype, cast, scaled_cast
 from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
 from fastpeft.ops.features import feature_dot, feature_sum, scale_features
-from fastpeft.ops.products import Dropout, Forward, Gradients, Need
+from fastpeft.ops.products import Dropout, Forward, Gradients, Need, RowScale
 
 
 def forward(
@@ -20,10 +20,10 @@ def forward(
     lora_B: Tensor,
     scaling: float,
     dropout: Dropout | None,
-    c: Tensor | None,
+    scale: RowScale | None,
     keep_z: bool,
 ) -> Forward:
-    """x is [tokens, in_features], ``c`` DoRA's row scale; everything else is as the ops take it."""
+    """x is [tokens, in_features], ``scale`` DoRA's; everything else is as the ops take it."""
     kept, k = x, 1.0
     if dropout is not None:
         kept = keep(x, keep_bits(x.shape, dropout.p, dropout.seed, x))
@@ -32,14 +32,14 @@ def forward(
     Bt = cast(lora_B, x.dtype).t()
     # In place, so that the rank-r product costs one pass over y and no temporary of its size; the scaling is
     # the GEMM's own factor, applied in fp32.
-    if c is None:
+    if scale is None:
         return Forward(y=F.linear(x, weight, bias).addmm_(S, Bt, alpha=scaling), S=S)
     if dropout is not None and dropout.on_base:
         z = (kept @ weight.t()).addmm_(S, Bt, beta=k, alpha=scaling)
-        y = F.linear(x, weight, bias).addmm_(S, Bt, alpha=scaling).addcmul_(z, (c - 1.0).to(z.dtype))
+        y = F.linear(x, weight, bias).addmm_(S, Bt, alpha=scaling).addcmul_(z, (scale.c - 1.0).to(z.dtype))
     else:
         z = (x @ weight.t()).addmm_(S, Bt, alpha=scaling)
-        y = scale_features(z, c, out=None if keep_z else z)
+        y = scale_features(z, scale, out=None if keep_z else z)
         if bias is not None:
             y.add_(bias)
     return Forward(y=y, S=S, z=z if keep_z else None)
@@ -55,33 +55,36 @@ def backward(
     scaling: float,
     dropout: Dropout | None,
     need: Need,
-    c: Tensor | None,
+    scale: RowScale | None,
     kept: Tensor | None,
 ) -> Gradients:
-    """dy and kept (for ``need.dot``) are [tokens, out_features], ``c`` is DoRA's row scale."""
+    """dy and kept (for ``need.dot``) are [tokens, out_features]."""
     result = Gradients()
     bits, k = None, 1.0
     if dropout is not None and (need.x or need.A):
         bits = keep_bits((dy.shape[0], weight.shape[1]), dropout.p, dropout.seed, dy)
         k = keep_scale(dropout.p)
     if need.x or need.A or need.B:
-        g = dy if c is None else scale_features(dy, c)
+        g = dy if scale is None else scale_features(dy, scale)
+    left = 1.0  # of the scaling, which wide products take on later: a factor of theirs costs nothing
     if need.x or need.A:
-        dS = _scaled_product(g, lora_B, scaling, S)
+        if g.dtype is lora_B.dtype and g.dtype is accumulation_dtype(g.dtype):
+            dS, left = g @ lora_B, scaling
+        else:
+            dS = g @ scaled_cast(lora_B, scaling, g.dtype)
     if need.x:
         A = cast(lora_A, dy.dtype)
         if bits is None:
-            result.x = (g @ weight).addmm_(dS, A)
-        elif c is None or (dropout is not None and not dropout.on_base):
-            result.x = (g @ weight).add_(keep_(dS @ A, bits), alpha=k)
+            result.x = (g @ weight).addmm_(dS, A, alpha=left)
+        elif scale is None or (dropout is not None and not dropout.on_base):
+            result.x = (g @ weight).add_(keep_(dS @ A, bits), alpha=k * left)
         else:
             # The base product on x has dY's gradient; the one on the dropped x has what c adds to it.
-            dropped_part = ((dy * (c - 1.0).to(dy.dtype)) @ weight).addmm_(dS, A)
+            dropped_part = ((dy * (scale.c - 1.0).to(dy.dtype)) @ weight).addmm_(dS, A, alpha=left)
             result.x = (dy @ weight).add_(keep_(dropped_part, bits), alpha=k)
     if need.A:
         assert x is not None
-        dA = dS.t() @ (x if bits is None else keep(x, bits))
-        result.A = scaled_cast(dA, k, accumulation_dtype(dy.dtype))
+        result.A = _scaled_product(dS.t(), x if bits is None else keep(x, bits), k * left, lora_A)
     if need.B:
         result.B = _grad_lora_b(g, S, scaling, lora_B)
     if need.bias:
@@ -93,14 +96,15 @@ def backward(
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, like: Tensor) -> Tensor:
-    """Return ``scaling * a @ b`` in a's dtype, ``like`` a tensor of its shape.
+    """Return ``scaling * a @ b`` in fp32 (fp64), ``like`` a tensor of its shape.
 
-    In fp32 (fp64) the factor is the product's own: a pass over b or the result would be another call, which
-    for a few tokens is what takes time. ``like`` stands where a product adds to something, and is not read.
+    In fp32 the factor is the product's own: a pass over the result would be another call, which for a few
+    tokens is what takes time. ``like`` stands where a product adds to something, and is not read.
     """
-    if a.dtype is b.dtype and like.dtype is a.dtype and a.dtype in (torch.float32, torch.float64):
+    dtype = accumulation_dtype(a.dtype)
+    if scaling != 1.0 and a.dtype is dtype and like.dtype is dtype:
         return torch.addmm(like, a, b, beta=0, alpha=scaling)
-    return a @ scaled_cast(b, scaling, a.dtype)
+    return scaled_cast(a @ b, scaling, dtype)
 
 
 def _grad_lora_b(g: Tensor, S: Tensor, scaling: float, lora_B: Tensor) -> Tensor:

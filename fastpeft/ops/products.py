@@ -27,6 +27,22 @@ class Dropout:
     on_base: bool = False
 
 
+class RowScale(NamedTuple):
+    """DoRA's row scale, and what is known of it (:func:`fastpeft.ops.row_norm.checked_row_scale`).
+
+    Attributes:
+        c: [out_features] in fp32 (fp64).
+        is_quotient: every c is m / n itself, and no n is 0.
+        is_one: every c is exactly 1: DoRA as it begins, whose output should be the base's to the bit.
+        is_near: every c lies within 1/4 of 1, as it nearly always does (:mod:`fastpeft.ops.features`).
+    """
+
+    c: Tensor
+    is_quotient: bool = False
+    is_one: bool = False
+    is_near: bool = False
+
+
 class Forward(NamedTuple):
     """Results of a forward.
 

@@ -9,16 +9,18 @@ so no [out_features, in_features] temporary is formed; ``||W||^2`` is computed o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastpeft.ops import blocked
-from fastpeft.ops._common import accumulation_dtype, scaled_cast, without_autocast
+from fastpeft.ops._common import accumulation_dtype, cast, scaled_cast, without_autocast
 from fastpeft.ops.cpu_gemm import products_in_fp32
 from fastpeft.ops.eager import runs_eagerly
+from fastpeft.ops.features import NEAR
+from fastpeft.ops.products import RowScale
 
 # The smallest |c|. A row whose magnitude is 0 (or nearly) is scaled by this instead, so that its output, of
 # the order of 1e-30, still tells z, of which the magnitude's gradient is made: bf16 and fp32 hold it in full.
@@ -69,28 +71,29 @@ def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     return checked_row_scale(magnitude, norm).c
 
 
-class RowScale(NamedTuple):
-    """c, and what is known of it without waiting for a device.
-
-    Attributes:
-        c: [out_features].
-        is_quotient: every c is m / n itself, and no n is 0.
-        is_one: every c is exactly 1: DoRA as it begins, whose output should be the base's to the bit.
-    """
-
-    c: Tensor
-    is_quotient: bool
-    is_one: bool
-
-
 def checked_row_scale(magnitude: Tensor, norm: Tensor) -> RowScale:
-    """:func:`row_scale`, and what is known of it."""
-    c = magnitude.to(norm.dtype) / norm
+    """:func:`row_scale`, and what is known of it without waiting for a device."""
+    c = cast(magnitude, norm.dtype) / norm
     # Not where it is compiled: embeddings and a second DoRA take their scale outside the op.
     if c.is_cpu and c.numel() and not torch.compiler.is_compiling():
-        smallest, largest = c.abs().aminmax()
-        if smallest >= MIN_ROW_SCALE and largest < torch.inf:  # false for NaN too
-            return RowScale(c, True, bool(smallest == largest) and bool((c == 1.0).all()))
-    least = torch.where(magnitude < 0, -MIN_ROW_SCALE, MIN_ROW_SCALE).to(c.dtype)
-    c = torch.where(c.abs() < MIN_ROW_SCALE, least, c)
-    return RowScale(torch.where(norm > 0, c, 0.0), False, False)
+        least, most = (bound.item() for bound in c.aminmax())
+        if least >= MIN_ROW_SCALE and most < math.inf:  # false for NaN too
+            return RowScale(c, True, least == most == 1.0, least >= 1.0 - NEAR and most <= 1.0 + NEAR)
+        smallest, largest = (bound.item() for bound in c.abs().aminmax())  # a negative m is as good
+        if smallest >= MIN_ROW_SCALE and largest < math.inf:
+            return RowScale(c, is_quotient=True)
+    floor = torch.where(magnitude < 0, -MIN_ROW_SCALE, MIN_ROW_SCALE).to(c.dtype)
+    c = torch.where(c.abs() < MIN_ROW_SCALE, floor, c)
+    return RowScale(torch.where(norm > 0, c, 0.0))
+
+
+def magnitude_gradient(
+    dot: Tensor, scale: RowScale, magnitude: Tensor, norm: Tensor, *, kept_is_z: bool
+) -> Tensor:
+    """Return dm [out_features] in m's dtype; ``dot`` is colsum(dY * z), or colsum(dY * y) without a bias."""
+    m = cast(magnitude, norm.dtype)
+    if scale.is_quotient:
+        return cast(dot / (norm if kept_is_z else m), magnitude.dtype)
+    # y / c is y n / m where c is the quotient: the bits of is_quotient, beside a row that is guarded.
+    divisor = norm if kept_is_z else torch.where(scale.c == m / norm, m, scale.c * norm)
+    return torch.where(norm > 0, dot / divisor, 0.0).to(magnitude.dtype)

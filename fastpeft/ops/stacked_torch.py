@@ -20,9 +20,9 @@ from fastpeft.ops._common import scaled_cast
 from fastpeft.ops.dropout import keep, keep_, keep_bits, keep_scale
 from fastpeft.ops.features import feature_dot, feature_sum, scale_features
 from fastpeft.ops.packed import Gradients
-from fastpeft.ops.products import Dropout, Forward, Need
+from fastpeft.ops.products import Dropout, Forward, Need, RowScale
 from fastpeft.ops.projections import adapter, rank
-from fastpeft.ops.row_norm import RowScale, checked_row_scale
+from fastpeft.ops.row_norm import checked_row_scale, magnitude_gradient
 from fastpeft.ops.ways import dora_forward, way_for
 from fastpeft_kernels.projection import Projection
 
@@ -42,13 +42,8 @@ class Stacked:
     zs: list[Tensor | None]
 
 
-def scale_of(p: Projection) -> Tensor | None:
-    """Return DoRA's row scale c [out_features], None for LoRA."""
-    scale = _checked_scale(p)
-    return None if scale is None else scale.c
-
-
-def _checked_scale(p: Projection) -> RowScale | None:
+def scale_of(p: Projection) -> RowScale | None:
+    """Return DoRA's row scale, None for LoRA."""
     return None if p.magnitude is None or p.norm is None else checked_row_scale(p.magnitude, p.norm)
 
 
@@ -76,14 +71,14 @@ def forward(
     ys: list[Tensor] = []
     zs: list[Tensor | None] = []
     for p, columns, z_is_kept in zip(projections, columns_of(projections), keep_z, strict=True):
-        scale = _checked_scale(p)
+        scale = scale_of(p)
         if scale is None or (scale.is_one and p.bias is not None):  # fastpeft.ops.ways.dora_forward says why
             ys.append(_product(x, p, p.bias, S[:, columns]))
             zs.append(_product(x, p, None, S[:, columns]) if z_is_kept else None)
             continue
         y = _product(x, p, None, S[:, columns])
         zs.append(y if z_is_kept else None)
-        y = scale_features(y, scale.c, out=None if z_is_kept else y)
+        y = scale_features(y, scale, out=None if z_is_kept else y)
         if p.bias is not None:
             y.add_(p.bias)
         ys.append(y)
@@ -102,7 +97,7 @@ def _product(x: Tensor, p: Projection, bias: Tensor | None, S: Tensor) -> Tensor
 def _one(way: ModuleType, x: Tensor, p: Projection, dropout: Dropout | None, keep_z: bool) -> Forward:
     """Return one projection by another way than native."""
     tensors = (x, p.weight, p.bias, *adapter(p), p.scaling, dropout)
-    if (scale := _checked_scale(p)) is not None:
+    if (scale := scale_of(p)) is not None:
         return dora_forward(*tensors, scale, keep_z)
     result: Forward = way.forward(*tensors, None, keep_z)
     return result
@@ -152,8 +147,10 @@ def backward_and_rank_gradient(
     for i, (g, p, columns, need) in enumerate(
         zip(dys, projections, columns_of(projections), needs, strict=True)
     ):
+        scale = scale_of(p)
         result = _column_gradients(
             p,
+            scale,
             feature_sum(g) if need.bias else None,
             feature_dot(g, k) if need.dot and (k := kept[i]) is not None else None,
             kept_is_z[i],
@@ -161,8 +158,8 @@ def backward_and_rank_gradient(
         results.append(result)
         if not (need.x or need.A or need.B):
             continue
-        if (c := scale_of(p)) is not None:
-            g = scale_features(g, c, out=g if in_place else None)
+        if scale is not None:
+            g = scale_features(g, scale, out=g if in_place else None)
         if need.x:
             dx = g @ p.weight if dx is None else dx.addmm_(g, p.weight)
         if p.lora_B is not None:
@@ -179,13 +176,14 @@ def backward_and_rank_gradient(
     return dx, results, dS
 
 
-def _column_gradients(p: Projection, bias: Tensor | None, dot: Tensor | None, kept_is_z: bool) -> Gradients:
+def _column_gradients(
+    p: Projection, scale: RowScale | None, bias: Tensor | None, dot: Tensor | None, kept_is_z: bool
+) -> Gradients:
     """Return dbias and dm from colsum(dY) and colsum(dY * kept) in fp32 (fp64)."""
     dbias = None if bias is None or p.bias is None else bias.to(p.bias.dtype)
-    dm, c = None, scale_of(p)
-    if dot is not None and c is not None and p.norm is not None and p.magnitude is not None:
-        divisor = p.norm if kept_is_z else p.norm * c
-        dm = torch.where(p.norm > 0, dot / divisor, 0.0).to(p.magnitude.dtype)
+    dm = None
+    if dot is not None and scale is not None and p.norm is not None and p.magnitude is not None:
+        dm = magnitude_gradient(dot, scale, p.magnitude, p.norm, kept_is_z=kept_is_z)
     return Gradients(bias=dbias, magnitude=dm)
 
 
@@ -217,13 +215,14 @@ def _backward_one_by_one(
     dx, results = None, []
     for i, (p, columns) in enumerate(zip(projections, columns_of(projections), strict=True)):
         A, B = adapter(p)
+        scale = scale_of(p)
         dropout = _dropout(ps[i], seeds, i)
         part = way_for(dys[i], backward=True).backward(
-            dys[i], x, p.weight, A, B, S[:, columns], p.scaling, dropout, needs[i], scale_of(p), kept[i]
+            dys[i], x, p.weight, A, B, S[:, columns], p.scaling, dropout, needs[i], scale, kept[i]
         )
         if part.x is not None:
             dx = part.x if dx is None else dx.add_(part.x)
-        gradients = _column_gradients(p, part.bias, part.dot, kept_is_z[i])
+        gradients = _column_gradients(p, scale, part.bias, part.dot, kept_is_z[i])
         gradients.lora_A = None if part.A is None else part.A.to(A.dtype)
         gradients.lora_B = None if part.B is None else part.B.to(B.dtype)
         results.append(gradients)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastpeft.ops import blocked, few_tokens, native
 from fastpeft.ops.cpu_gemm import products_in_fp32
-from fastpeft.ops.products import Dropout, Forward
-from fastpeft.ops.row_norm import RowScale
+from fastpeft.ops.products import Dropout, Forward, RowScale
 
 
 def way_for(tokens: Tensor, *, backward: bool = False) -> ModuleType:
@@ -42,7 +41,7 @@ def dora_forward(
     adapter = (lora_A, lora_B, scaling, dropout)
     on_base = dropout is not None and dropout.on_base
     if not scale.is_one or bias is None or on_base:
-        result: Forward = way.forward(tokens, weight, bias, *adapter, scale.c, keep_z)
+        result: Forward = way.forward(tokens, weight, bias, *adapter, scale, keep_z)
         return result
     y: Forward = way.forward(tokens, weight, bias, *adapter, None, False)
     z: Tensor | None = way.forward(tokens, weight, None, *adapter, None, False).y if keep_z else None

@@ -70,15 +70,15 @@ def nothing(model):
 
 
 CASES = {
-    "hooks-on-A": ({}, hooks_on("lora_A"), "hooks on lora_A, lora_B or lora_dropout"),
-    "hooks-on-B": ({}, hooks_on("lora_B"), "hooks on lora_A, lora_B or lora_dropout"),
+    "hooks-on-A": ({}, hooks_on("lora_A"), "hooks on lora_A"),
+    "hooks-on-B": ({}, hooks_on("lora_B"), "hooks on lora_B"),
     "hooks-on-magnitude": (
         {"use_dora": True},
         hooks_on("lora_magnitude_vector"),
         "a magnitude layer of another kind, or with hooks",
     ),
     "other-A": ({}, replace_lora_a, "lora_A is Doubled, not nn.Linear"),
-    "other-forward": ({}, replace_forward, "forward of lora_A or lora_B replaced by other code"),
+    "other-forward": ({}, replace_forward, "forward of lora_B replaced by other code"),
     "A-with-bias": ({}, biased_lora_a, "lora_A has a bias"),
     "dropout-of-all": ({"lora_dropout": 1.0}, nothing, "lora_dropout is Dropout(p=1.0, inplace=False)"),
     "qalora": ({}, qalora, "variant QALoraLinear"),

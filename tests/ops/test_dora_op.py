@@ -16,6 +16,7 @@ from fastpeft.ops import row_norm as row_norms
 from fastpeft.ops.dora import dora_linear, dora_linear_reference
 from fastpeft.ops.dropout import draw_seeds, dropout_mask
 from fastpeft.ops.features import scale_features
+from fastpeft.ops.products import RowScale
 from fastpeft.ops.row_norm import row_norm, row_norm_squared
 from tests.device import DEVICE
 from tests.kernels import interpreter
@@ -283,7 +284,7 @@ def test_no_out_by_in_temporary():
     import fastpeft.ops.dora as dora
 
     with spy, torch.no_grad():  # the bodies of the custom ops, which the dispatcher hides from a mode outside
-        y, S, _, norm, _ = dora._forward(*arguments, None, SCALING, 0.0, None, False, "torch")
+        y, S, _, norm = dora._forward(*arguments, None, SCALING, 0.0, None, False, "torch")
         dora._gradients(
             torch.ones_like(y), arguments[0], y, *(arguments[i] for i in (1, 3, 4, 5)), S, norm, SCALING, 0.0,
             None, False, False, "torch", [True, False, True, True, True], None,
@@ -322,17 +323,17 @@ def test_scale_features_keeps_fp32_resolution_near_one_and_far_from_it():
     for spread in (1e-3, 0.4, 5.0):
         c = 1 + spread * (2 * torch.rand(40).to(DEVICE) - 1)
         exact = y.double() * c.double()
-        ours_error = relative_error(scale_features(y, c), exact)
+        ours_error = relative_error(scale_features(y, RowScale(c)), exact)
         rounding = relative_error(exact.bfloat16(), exact)  # the least any bf16 result can be off
         assert ours_error <= 1.5 * rounding, f"spread {spread}: {ours_error:.2e} against {rounding:.2e}"
 
 
 def test_scale_features_far_from_one_leaves_the_other_features_bits():
     y, c = torch.randn(300, 40).to(DEVICE, torch.bfloat16), 1 + 0.1 * torch.rand(40).to(DEVICE)
-    near = scale_features(y, c)
+    near = scale_features(y, RowScale(c))
     c[[3, 17]] = torch.tensor([0.0, -7.0], device=DEVICE)
     for out in (None, y.clone()):
-        mixed = scale_features(y if out is None else out, c, out=out)
+        mixed = scale_features(y if out is None else out, RowScale(c), out=out)
         others = [i for i in range(40) if i not in (3, 17)]
         assert torch.equal(mixed[:, others], near[:, others])
         assert torch.equal(mixed[:, [3, 17]], (y[:, [3, 17]].float() * c[[3, 17]]).bfloat16())

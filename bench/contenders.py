@@ -189,18 +189,22 @@ def build(name: str, base: nn.Module, ids: Tensor, rank: int) -> Contender:
 def peft_model(
     model: nn.Module, adapter: Adapter, target_modules: str | list[str] = "all-linear"
 ) -> nn.Module:
-    """Wrap `model` by `peft.get_peft_model`, with adapters that change its output.
+    """Wrap `model` by `peft.get_peft_model`, with adapters that change its output; on stacked experts too.
 
     PEFT starts with B = 0, where a wrong adapter computes the right thing; here B and the magnitude move.
     """
     from peft import LoraConfig, get_peft_model
 
+    stacks = {
+        name.split(".layers.")[-1].partition(".")[2] for name, p in model.named_parameters() if p.dim() == 3
+    }
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_dora=adapter.dora,
         target_modules=target_modules,
+        target_parameters=sorted(stacks) or None,
     )
     torch.manual_seed(1)
     with warnings.catch_warnings():

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """A Llama-shaped model and the batch it is trained on."""
+    """A Llama-shaped model, with experts for its MLPs if wished, and the batch it is trained on."""
 
     hidden: int
     """Width of the residual stream."""
     intermediate: int
-    """Width of the MLP."""
+    """Width of the MLP; of one expert, where there are some."""
     layers: int
     """Number of blocks."""
     heads: int
@@ -31,6 +31,10 @@ class Workload:
     """Sequences a step."""
     sequence: int
     """Tokens a sequence."""
+    experts: int = 0
+    """Experts of each MLP, stacked in one weight as transformers stacks them; 0: none."""
+    experts_per_token: int = 0
+    """How many of them a token takes."""
 
     @property
     def tokens(self) -> int:
@@ -46,9 +50,22 @@ class Workload:
         biases: bool = False,
     ) -> nn.Module:
         """The model with seeded random weights, in training mode; with biases on its linears if wished."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-        config = LlamaConfig(
+        kind, make = (
+            (Qwen3MoeConfig, Qwen3MoeForCausalLM) if self.experts else (LlamaConfig, LlamaForCausalLM)
+        )
+        own = (
+            {
+                "num_experts": self.experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "moe_intermediate_size": self.intermediate,
+                "head_dim": self.hidden // self.heads,
+            }
+            if self.experts
+            else {"mlp_bias": biases}
+        )
+        config = kind(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
@@ -59,12 +76,12 @@ class Workload:
             max_position_embeddings=max(2048, self.sequence),
             use_cache=False,
             attention_bias=biases,
-            mlp_bias=biases,
             bos_token_id=0,
             eos_token_id=0,
+            **own,
         )
         torch.manual_seed(seed)
-        return cast("nn.Module", LlamaForCausalLM(config).to(device=device, dtype=dtype).train())
+        return cast("nn.Module", make(config).to(device=device, dtype=dtype).train())
 
     def batch_ids(self, *, seed: int = 0, device: torch.device | None = None) -> Tensor:
         """Random token ids [batch, sequence], also used as labels."""
@@ -86,6 +103,11 @@ WORKLOADS = {
     "llama-2-7b": Workload(
         hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, vocab=32000, tied=False,
         batch=1, sequence=1024,
+    ),
+    # Fine-grained experts in Qwen3-MoE's shape: `step --contenders frozen full peft-lora inplace-lora`.
+    "moe-512": Workload(
+        hidden=512, intermediate=384, layers=4, heads=8, kv_heads=2, vocab=8192, tied=True,
+        batch=1, sequence=512, experts=32, experts_per_token=4,
     ),
     # For the tests: a whole run takes a second. Its times say nothing.
     "tiny": Workload(

@@ -18,7 +18,7 @@ from fastpeft.in_place.adapters import (
     names_in,
     read,
 )
-from fastpeft.in_place.install import is_accelerated
+from fastpeft.in_place.install import is_accelerated, is_linear_layer
 from fastpeft.layers.adapted import Adapter, with_one_adapter
 from fastpeft.layers.kinds import is_conv1d, is_conv1d_like, is_quantised
 from fastpeft.layers.linear import LinearMixin
@@ -50,7 +50,7 @@ def view_of(layer: nn.Module, x: Tensor) -> View | None:
     if isinstance(layer, LinearMixin):
         return _own_view(layer, x)
     if is_accelerated(layer):
-        return _pefts_view(layer, x)
+        return _pefts_view(layer, x) if is_linear_layer(layer) else None
     if type(layer) is nn.Linear or is_conv1d(layer):
         return None if is_replaced(layer) else _view(layer, layer, x, [], None)
     return None
@@ -60,6 +60,8 @@ def own_product(layer: nn.Module) -> str | None:
     """Return why no block op can ever stand for a linear: nobody but its class knows its product."""
     base: Any = layer
     if is_accelerated(layer):
+        if not is_linear_layer(layer):
+            return "PEFT has its adapters on a Parameter"
         base = layer._modules["base_layer"]
     elif isinstance(layer, LinearMixin):
         if not layer.has_plain_product:

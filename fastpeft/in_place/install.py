@@ -19,6 +19,7 @@ from fastpeft.in_place.adapters import is_replaced
 from fastpeft.in_place.embedding import embedding_forward
 from fastpeft.in_place.linear import linear_forward
 from fastpeft.in_place.own_forward import put_forward, take_forward
+from fastpeft.in_place.parameter import parameter_forward
 from fastpeft.in_place.record import LAYER_ATTRIBUTE, MODEL_ATTRIBUTE, Calls, Layer
 from fastpeft.ops.probability import follow, unfollow
 from fastpeft.patch_report import ModuleReport, PatchReport
@@ -120,7 +121,8 @@ def forget(model: nn.Module) -> bool:
 def is_accelerated(layer: nn.Module) -> bool:
     """Whether a layer's forward is ours now."""
     forward = layer.__dict__.get("forward")
-    return isinstance(forward, functools.partial) and forward.func in (linear_forward, embedding_forward)
+    ours = (linear_forward, embedding_forward, parameter_forward)
+    return isinstance(forward, functools.partial) and forward.func in ours
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -142,6 +144,8 @@ def _module_report(path: str, layer: Any) -> ModuleReport:
         return ModuleReport(path, "left to PEFT", _why_not(layer) or "its forward was replaced")
     adapters = [f"{name}: {_kind_of(layer, name)}(r={layer.r[name]})" for name in layer.r]
     base = type(layer.get_base_layer()).__name__
+    if _forward_for(layer) is parameter_forward:
+        base = f"{base}.{layer.parameter_name}"
     return ModuleReport(path, "accelerated", f"{base} with {', '.join(adapters) or 'no adapter'}")
 
 
@@ -166,6 +170,8 @@ def _forward_for(layer: nn.Module) -> Callable[..., Any] | None:
     name = type(layer).__name__
     if type(layer).__module__.startswith(_ADALORA):
         return linear_forward if name == "SVDLinear" else None
+    if name == "ParamWrapper" and hasattr(layer, "get_delta_factors"):  # of PEFT 0.21 on
+        return parameter_forward
     return linear_forward if name in _LINEARS else embedding_forward if name == "Embedding" else None
 
 

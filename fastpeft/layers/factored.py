@@ -1,0 +1,201 @@
+"""A weight ``W + s L R`` that is never formed: a stand-in for a Parameter while a module's forward reads it.
+
+Stacked experts keep the weights of all experts in one Parameter and multiply by it in ways of their own: by
+one expert after another, by one gathered for each token, by groups of tokens. PEFT's LoRA on such a Parameter
+forms ``W + B A`` of every expert in every forward, and autograd the gradient of all of it in every backward.
+The stand-in takes each product apart instead, with torch's last two axes multiplied::
+
+    x (W + s L R) = x W + s (x L) R
+
+whatever the module's forward is. It needs to know the calls that read a weight (:data:`_PRODUCTS`); any
+other call is handed the sum itself, formed for it, so that its result is right as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft.ops.grouped import grouped_lora
+from fastpeft.ops.lora import lora_linear
+
+
+class FactoredWeight(Tensor):
+    """``weight + scaling * left @ right`` to whoever reads it; no memory of its own.
+
+    Attributes:
+        weight: W, [rows, columns] or [experts, rows, columns], as the module stores it.
+        left: L, [.., rows, r], in W's dtype or fp32.
+        right: R, [.., r, columns], likewise.
+        scaling: s.
+        formed_for: names of the calls that the sum was formed for, shared with the parts taken of it.
+    """
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+    scaling: float
+    formed_for: list[str]
+    _sum: Tensor | None
+    _experts: list[tuple[Tensor, Tensor]] | None
+
+    @staticmethod
+    def __new__(
+        cls, weight: Tensor, left: Tensor, right: Tensor, scaling: float, formed_for: list[str] | None = None
+    ) -> FactoredWeight:
+        """Wrap the factors; nothing is computed."""
+        self: FactoredWeight = Tensor._make_wrapper_subclass(
+            cls, weight.size(), strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+        self.weight, self.left, self.right, self.scaling = weight, left, right, scaling
+        self.formed_for = [] if formed_for is None else formed_for
+        self._sum = self._experts = None
+        return self
+
+    def formed(self, call: str) -> Tensor:
+        """Return the sum, for a call that no product here stands for."""
+        if self._sum is None:
+            self.formed_for.append(call)
+            left, right = (factor.to(self.weight.dtype) for factor in (self.left, self.right))
+            add = torch.addmm if self.weight.dim() == 2 else torch.baddbmm
+            with torch.autocast(self.weight.device.type, enabled=False):  # of W itself, not of a copy
+                self._sum = add(self.weight, left, right, alpha=self.scaling)
+        return self._sum
+
+    def expert(self, index: int) -> FactoredWeight:
+        """Return one expert's [rows, columns]."""
+        if self._experts is None:  # unbound once: a gradient of a part would be as large as the whole
+            self._experts = list(zip(self.left.unbind(0), self.right.unbind(0), strict=True))
+        return self._part(self.weight[index], *self._experts[index])
+
+    def gathered(self, indices: Tensor) -> FactoredWeight:
+        """Return [indices, rows, columns], an expert for each."""
+        return self._part(self.weight[indices], self.left[indices], self.right[indices])
+
+    def transposed(self) -> FactoredWeight:
+        """Return [.., columns, rows]."""
+        return self._part(self.weight.mT, self.right.mT, self.left.mT)
+
+    def _part(self, weight: Tensor, left: Tensor, right: Tensor) -> FactoredWeight:
+        return FactoredWeight(weight, left, right, self.scaling, self.formed_for)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer a call that reads the weight."""
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            return func(args[0].weight, *args[1:], **kwargs)
+        if (product := _PRODUCTS.get(func)) is not None:
+            result = product(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # of a property
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+
+        def plain(value: Any) -> Any:
+            return value.formed(name) if isinstance(value, FactoredWeight) else value
+
+        return func(*torch.utils._pytree.tree_map(plain, args), **torch.utils._pytree.tree_map(plain, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Refuse what comes past ``__torch_function__``: there autograd would not see the factors."""
+        raise TypeError(f"{func}: expected a plain tensor, got the stand-in for an adapted Parameter")
+
+
+def _linear(_func: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    if not _is_product_of(x, weight, dim=2) or isinstance(bias, FactoredWeight):
+        return NotImplemented
+    return lora_linear(x, weight.weight, bias, weight.right, weight.left, scaling=weight.scaling)
+
+
+def _matmul(func: Any, a: Any, b: Any) -> Any:
+    """``a @ b``, either of which is the weight."""
+    if _is_product_of(a, b, dim=2):  # x W, of which the stored W is the transposed weight of a linear
+        return lora_linear(a, b.weight.mT, None, b.left.mT, b.right.mT, scaling=b.scaling)
+    if _is_product_of(a, b, dim=3) and a.dim() == 3:
+        left, right = b.left.to(a.dtype), b.right.to(a.dtype)
+        return func(a, b.weight).add_(func(func(a, left), right), alpha=b.scaling)
+    if _is_product_of(b, a, dim=3) and b.dim() == 3:
+        left, right = a.left.to(b.dtype), a.right.to(b.dtype)
+        return func(a.weight, b).add_(func(left, func(right, b)), alpha=a.scaling)
+    return NotImplemented
+
+
+def _grouped_mm(_func: Any, x: Any, weight: Any, **options: Any) -> Any:
+    """Rows of x by groups, each with the weight [in_features, out_features] of an expert."""
+    given = [name for name, value in options.items() if value is not None]
+    if not _is_product_of(x, weight, dim=3) or x.dim() != 2 or given != ["offs"]:
+        return NotImplemented
+    if x.dtype is not weight.weight.dtype:  # autocast has no part in it
+        return NotImplemented
+    factors = (weight.left, weight.right)
+    return grouped_lora(x, weight.weight, *factors, options["offs"], scaling=weight.scaling)
+
+
+def _is_product_of(x: Any, weight: Any, *, dim: int) -> bool:
+    """Whether x is a plain operand for a weight with ``dim`` axes; else torch says what it makes of it."""
+    if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or not isinstance(x, Tensor):
+        return False
+    fits = x.dtype is weight.weight.dtype or torch._C._is_any_autocast_enabled()
+    return fits and weight.weight.dim() == dim and x.device == weight.weight.device
+
+
+def _index(_func: Any, weight: Any, index: Any) -> Any:
+    if weight.weight.dim() != 3 or isinstance(index, bool):
+        return NotImplemented
+    if isinstance(index, int):
+        return weight.expert(index)
+    integral = isinstance(index, Tensor) and not (index.is_floating_point() or index.dtype is torch.bool)
+    if not integral or index.dim() > 1:
+        return NotImplemented
+    return weight.gathered(index) if index.dim() else weight.expert(int(index))
+
+
+def _transpose(_func: Any, weight: Any, dim0: int, dim1: int) -> Any:
+    dim = weight.weight.dim()
+    return weight.transposed() if {dim0 % dim, dim1 % dim} == {dim - 2, dim - 1} else NotImplemented
+
+
+def _transposed(_func: Any, weight: Any) -> Any:
+    return weight.transposed()
+
+
+def _transposed_matrix(_func: Any, weight: Any) -> Any:
+    return weight.transposed() if weight.weight.dim() == 2 else NotImplemented
+
+
+# What a weight looks like, which the sum would not change.
+_LOOKS = frozenset(
+    (
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta")
+        ),
+        *(getattr(Tensor, name) for name in ("dim", "size", "numel", "is_floating_point", "data_ptr")),
+        torch.is_floating_point,
+        torch.numel,
+    )
+)
+_PRODUCTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), _matmul),
+    Tensor.__getitem__: _index,
+    **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
+    Tensor.mT.__get__: _transposed,  # type: ignore[attr-defined]
+    **dict.fromkeys((torch.t, Tensor.t, Tensor.T.__get__), _transposed_matrix),  # type: ignore[attr-defined]
+}
+if hasattr(torch, "_grouped_mm"):  # what F.grouped_mm calls
+    _PRODUCTS[torch._grouped_mm] = _grouped_mm

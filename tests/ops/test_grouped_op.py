@@ -1,0 +1,102 @@
+"""LoRA on groups of tokens, each with a weight of its own: against the formula, group by group, in fp64.
+
+On the CPU: torch's grouped GEMMs take bf16 alone on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.saved import count
+from fastpeft.errors import BackendError
+from fastpeft.ops.grouped import grouped_lora
+from tests.tolerance import assert_within_rule
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(5, 0, 17, 1), (3,), (0, 40)]
+SCALING = 1.5
+
+
+def problem(sizes, r: int, dtype: torch.dtype, adapter: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """x, W, L and R, and where each group ends; x has two more tokens, of no group."""
+    generator = torch.Generator().manual_seed(0)
+    groups, k, n = len(sizes), 24, 40
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight = normal(sum(sizes) + 2, k).to(dtype), normal(groups, n, k).to(dtype).mT
+    left, right = normal(groups, r, k).to(adapter).mT, normal(groups, r, n).to(adapter)
+    offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    return [x, weight, left, right], offs
+
+
+def reference(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    rows = [x[a:b] for a, b in itertools.pairwise([0, *offs.tolist()])]
+    return torch.cat(
+        [r @ w + SCALING * ((r @ a) @ b) for r, w, a, b in zip(rows, weight, left, right, strict=True)]
+    )
+
+
+def run(function, tensors, offs, dtype=None, *, weight_trains=False):
+    """The result and the gradients of all that trains; without the tokens of no group, left undefined."""
+    leaves = [t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
+    leaves[1].requires_grad_(weight_trains)
+    y = function(*leaves, offs)[: offs[-1]]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    dx, *gradients = torch.autograd.grad(y, trained, dy)
+    return [y, dx[: offs[-1]], *gradients]
+
+
+def ours(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    return grouped_lora(x, weight, left, right, offs, scaling=SCALING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [1, 8, 19])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("adapter", [torch.float32, None], ids=["fp32-adapters", "same"])
+def test_two_times_rule(sizes, r, dtype, adapter):
+    tensors, offs = problem(sizes, r, dtype, adapter or dtype)
+    results = run(ours, tensors, offs)
+    exact = run(reference, tensors, offs, torch.float64)
+    plain = run(reference, tensors, offs, dtype)
+    for name, found, expected, baseline in zip(
+        ("y", "x", "left", "right"), results, exact, plain, strict=True
+    ):
+        assert_within_rule(found, expected, baseline, name)
+    assert [g.dtype for g in results] == [dtype, dtype, adapter or dtype, adapter or dtype]
+
+
+def test_the_tokens_of_no_group_have_no_part_in_any_gradient():
+    tensors, offs = problem((4, 6), 8, torch.float32, torch.float32)
+    expected = run(ours, tensors, offs)
+    tensors[0][10:] = float("nan")
+    torch.testing.assert_close(run(ours, tensors, offs), expected, rtol=0, atol=0)
+
+
+def test_a_weight_that_trains_gets_its_gradient():
+    tensors, offs = problem((4, 6), 3, torch.float32, torch.float32)
+    found = run(ours, tensors, offs, weight_trains=True)
+    expected = run(reference, tensors, offs, weight_trains=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_s_is_all_that_is_kept():
+    (x, weight, left, right), offs = problem((40, 24), 8, torch.bfloat16, torch.float32)
+    given = [x.requires_grad_(), weight, left.requires_grad_(), right.requires_grad_(), offs]
+    kept, _ = count(lambda: ours(*given).sum(), given)
+    assert kept == 4 * 66 * 8  # S, in fp32 on a CPU
+
+
+def test_a_second_derivative_is_refused():
+    (x, weight, left, right), offs = problem((3, 2), 8, torch.float32, torch.float32)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(ours(x, weight, left, right, offs).square().sum(), x, create_graph=True)
+    with pytest.raises(BackendError):
+        dx.sum().backward()

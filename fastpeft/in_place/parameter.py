@@ -22,6 +22,7 @@ def parameter_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if (reason := _not_ours(module, kwargs)) is not None:
         layer.calls.count("peft", reason)
         return type(module).forward(module, x, *args, **kwargs)
+    kwargs.pop("adapter_names", None)  # None: the base's forward knows no such argument
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module._disable_adapters or module.merged_adapters or not active:
         layer.calls.count("base")
@@ -53,6 +54,8 @@ def _not_ours(module: Any, kwargs: dict[str, Any]) -> str | None:
     weight = holder._parameters.get(name)
     if weight is None or name in holder.__dict__:
         return f"{name} is not a Parameter of {type(holder).__name__} alone"
+    if hasattr(weight, "ds_id"):
+        return f"{name} is partitioned by DeepSpeed's ZeRO-3"
     if not is_plain(weight) or not weight.is_floating_point() or weight.element_size() < 2:
         return f"{name} is {type(weight).__name__} of {weight.dtype}"
     if weight.dim() == 3 and module.num_experts == 1:
@@ -62,7 +65,7 @@ def _not_ours(module: Any, kwargs: dict[str, Any]) -> str | None:
             continue
         for what in ("lora_A", "lora_B"):
             factor = getattr(module, what)[adapter].weight
-            if not is_plain(factor) or factor.dim() != 2:
+            if not is_plain(factor) or factor.dim() != 2 or hasattr(factor, "ds_id"):
                 return f"{what} is a shard"
     return None
 
@@ -79,7 +82,7 @@ def _stand_in(module: Any, active: list[str], response: Tensor | None) -> Factor
         right = torch.cat(rights, dim=-2)
     if response is not None:
         left = left * response
-    return FactoredWeight(weight, left, right, scaling)
+    return FactoredWeight.of(weight, left, right, scaling)
 
 
 def _factors(module: Any, name: str, dim: int) -> tuple[Tensor, Tensor, float | Tensor]:

@@ -9,6 +9,10 @@ The stand-in takes each product apart instead, with torch's last two axes multip
 
 whatever the module's forward is. It needs to know the calls that read a weight (:data:`_PRODUCTS`); any
 other call is handed the sum itself, formed for it, so that its result is right as well.
+
+To autograd the stand-in is the result of a node (:class:`_StandIn`) whose inputs are W and the factors, so
+that gradients arrive which an ``autograd.Function`` of the forward's own computes for it as a whole. A
+``torch.vmap`` of a function that closes over the stand-in raises: functorch wraps it unasked.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from fastpeft.ops.lora import lora_linear
 
 
 class FactoredWeight(Tensor):
-    """``weight + scaling * left @ right`` to whoever reads it; no memory of its own.
+    """``weight + scaling * left @ right`` to whoever reads it; no memory of its own. Made by :meth:`of`.
 
     Attributes:
         weight: W, [rows, columns] or [experts, rows, columns], as the module stores it.
@@ -33,6 +37,7 @@ class FactoredWeight(Tensor):
         right: R, [.., r, columns], likewise.
         scaling: s.
         formed_for: names of the calls that the sum was formed for, shared with the parts taken of it.
+        recording: whether gradients were on where it was made; one read without them first is still trained.
     """
 
     weight: Tensor
@@ -40,36 +45,37 @@ class FactoredWeight(Tensor):
     right: Tensor
     scaling: float
     formed_for: list[str]
+    recording: bool
     _sum: Tensor | None
     _experts: list[tuple[Tensor, Tensor]] | None
 
-    @staticmethod
-    def __new__(
+    @classmethod
+    def of(
         cls, weight: Tensor, left: Tensor, right: Tensor, scaling: float, formed_for: list[str] | None = None
     ) -> FactoredWeight:
-        """Wrap the factors; nothing is computed."""
-        self: FactoredWeight = Tensor._make_wrapper_subclass(
-            cls, weight.size(), strides=weight.stride(), dtype=weight.dtype, device=weight.device
-        )
-        self.weight, self.left, self.right, self.scaling = weight, left, right, scaling
-        self.formed_for = [] if formed_for is None else formed_for
-        self._sum = self._experts = None
-        return self
+        """Stand for the sum of these; nothing is computed."""
+        formed_for = [] if formed_for is None else formed_for
+        recording = torch.is_grad_enabled()
+        if not recording:
+            weight, left, right = map(_without_gradient, (weight, left, right))
+        return _StandIn.apply(weight, left, right, scaling, formed_for, recording)  # type: ignore[no-any-return, no-untyped-call]
 
     def formed(self, call: str) -> Tensor:
         """Return the sum, for a call that no product here stands for."""
         if self._sum is None:
             self.formed_for.append(call)
-            left, right = (factor.to(self.weight.dtype) for factor in (self.left, self.right))
             add = torch.addmm if self.weight.dim() == 2 else torch.baddbmm
-            with torch.autocast(self.weight.device.type, enabled=False):  # of W itself, not of a copy
+            off = torch.autocast(self.weight.device.type, enabled=False)  # of W itself, not of a copy
+            with off, torch.set_grad_enabled(self.recording):
+                left, right = (factor.to(self.weight.dtype) for factor in (self.left, self.right))
                 self._sum = add(self.weight, left, right, alpha=self.scaling)
         return self._sum
 
     def expert(self, index: int) -> FactoredWeight:
         """Return one expert's [rows, columns]."""
         if self._experts is None:  # unbound once: a gradient of a part would be as large as the whole
-            self._experts = list(zip(self.left.unbind(0), self.right.unbind(0), strict=True))
+            with torch.set_grad_enabled(self.recording):
+                self._experts = list(zip(self.left.unbind(0), self.right.unbind(0), strict=True))
         return self._part(self.weight[index], *self._experts[index])
 
     def gathered(self, indices: Tensor) -> FactoredWeight:
@@ -81,7 +87,7 @@ class FactoredWeight(Tensor):
         return self._part(self.weight.mT, self.right.mT, self.left.mT)
 
     def _part(self, weight: Tensor, left: Tensor, right: Tensor) -> FactoredWeight:
-        return FactoredWeight(weight, left, right, self.scaling, self.formed_for)
+        return FactoredWeight.of(weight, left, right, self.scaling, self.formed_for)
 
     @classmethod
     def __torch_function__(
@@ -93,8 +99,11 @@ class FactoredWeight(Tensor):
     ) -> Any:
         """Answer a call that reads the weight."""
         kwargs = kwargs or {}
-        if func in _LOOKS:
+        if func in _LOOKS and args:
             return func(args[0].weight, *args[1:], **kwargs)
+        if func in _PLACE_IN_THE_GRAPH:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if (product := _PRODUCTS.get(func)) is not None:
             result = product(func, *args, **kwargs)
             if result is not NotImplemented:
@@ -110,18 +119,60 @@ class FactoredWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Refuse what comes past ``__torch_function__``: there autograd would not see the factors."""
+        """Refuse what comes past ``__torch_function__``: in there is no sum to compute with."""
         raise TypeError(f"{func}: expected a plain tensor, got the stand-in for an adapted Parameter")
 
 
-def _linear(_func: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is_product_of(x, weight, dim=2) or isinstance(bias, FactoredWeight):
+class _StandIn(torch.autograd.Function):
+    """W + s L R of W, L and R, not formed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        left: Tensor,
+        right: Tensor,
+        scaling: float,
+        formed_for: list[str],
+        recording: bool,
+    ) -> FactoredWeight:
+        made: FactoredWeight = Tensor._make_wrapper_subclass(
+            FactoredWeight, weight.size(), strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+        made.weight, made.left, made.right, made.scaling = weight, left, right, scaling
+        made.formed_for, made.recording = formed_for, recording
+        made._sum = made._experts = None
+        ctx.save_for_backward(left, right)
+        ctx.scaling = scaling
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return g, s g R^T and s L^T g."""
+        left, right = ctx.saved_tensors
+        need_weight, need_left, need_right, *_ = ctx.needs_input_grad
+        d_left = (ctx.scaling * (g @ right.to(g.dtype).mT)).to(left.dtype) if need_left else None
+        d_right = (ctx.scaling * (left.to(g.dtype).mT @ g)).to(right.dtype) if need_right else None
+        return g if need_weight else None, d_left, d_right, None, None, None
+
+
+def _without_gradient(t: Tensor) -> Tensor:
+    return t.detach() if t.requires_grad else t
+
+
+# Handlers return NotImplemented for what is no product, or not spelled as one: torch is handed the sum then.
+
+
+def _linear(_func: Any, x: Any = None, weight: Any = None, bias: Any = None, **others: Any) -> Any:
+    if others or not _is_product_of(x, weight, dim=2) or isinstance(bias, FactoredWeight):
         return NotImplemented
     return lora_linear(x, weight.weight, bias, weight.right, weight.left, scaling=weight.scaling)
 
 
-def _matmul(func: Any, a: Any, b: Any) -> Any:
+def _matmul(func: Any, a: Any = None, b: Any = None, **others: Any) -> Any:
     """``a @ b``, either of which is the weight."""
+    if others:
+        return NotImplemented
     if _is_product_of(a, b, dim=2):  # x W, of which the stored W is the transposed weight of a linear
         return lora_linear(a, b.weight.mT, None, b.left.mT, b.right.mT, scaling=b.scaling)
     if _is_product_of(a, b, dim=3) and a.dim() == 3:
@@ -133,15 +184,23 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
     return NotImplemented
 
 
-def _grouped_mm(_func: Any, x: Any, weight: Any, **options: Any) -> Any:
+def _grouped_mm(
+    _func: Any,
+    x: Any = None,
+    weight: Any = None,
+    offs: Any = None,
+    bias: Any = None,
+    out_dtype: Any = None,
+    **others: Any,
+) -> Any:
     """Rows of x by groups, each with the weight [in_features, out_features] of an expert."""
-    given = [name for name, value in options.items() if value is not None]
-    if not _is_product_of(x, weight, dim=3) or x.dim() != 2 or given != ["offs"]:
+    if others or offs is None or bias is not None or out_dtype is not None:
+        return NotImplemented
+    if not _is_product_of(x, weight, dim=3) or x.dim() != 2:
         return NotImplemented
     if x.dtype is not weight.weight.dtype:  # autocast has no part in it
         return NotImplemented
-    factors = (weight.left, weight.right)
-    return grouped_lora(x, weight.weight, *factors, options["offs"], scaling=weight.scaling)
+    return grouped_lora(x, weight.weight, weight.left, weight.right, offs, scaling=weight.scaling)
 
 
 def _is_product_of(x: Any, weight: Any, *, dim: int) -> bool:
@@ -153,7 +212,7 @@ def _is_product_of(x: Any, weight: Any, *, dim: int) -> bool:
 
 
 def _index(_func: Any, weight: Any, index: Any) -> Any:
-    if weight.weight.dim() != 3 or isinstance(index, bool):
+    if not isinstance(weight, FactoredWeight) or weight.weight.dim() != 3 or isinstance(index, bool):
         return NotImplemented
     if isinstance(index, int):
         return weight.expert(index)
@@ -163,7 +222,9 @@ def _index(_func: Any, weight: Any, index: Any) -> Any:
     return weight.gathered(index) if index.dim() else weight.expert(int(index))
 
 
-def _transpose(_func: Any, weight: Any, dim0: int, dim1: int) -> Any:
+def _transpose(_func: Any, weight: Any = None, dim0: Any = None, dim1: Any = None, **others: Any) -> Any:
+    if others or weight is None or not (isinstance(dim0, int) and isinstance(dim1, int)):
+        return NotImplemented
     dim = weight.weight.dim()
     return weight.transposed() if {dim0 % dim, dim1 % dim} == {dim - 2, dim - 1} else NotImplemented
 
@@ -172,21 +233,26 @@ def _transposed(_func: Any, weight: Any) -> Any:
     return weight.transposed()
 
 
-def _transposed_matrix(_func: Any, weight: Any) -> Any:
-    return weight.transposed() if weight.weight.dim() == 2 else NotImplemented
+def _transposed_matrix(_func: Any, weight: Any = None, **others: Any) -> Any:
+    if others or weight is None or weight.weight.dim() != 2:
+        return NotImplemented
+    return weight.transposed()
 
 
-# What a weight looks like, which the sum would not change.
+# What a weight looks like, and the sum the same.
 _LOOKS = frozenset(
     (
         *(
             getattr(Tensor, name).__get__
             for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta")
         ),
-        *(getattr(Tensor, name) for name in ("dim", "size", "numel", "is_floating_point", "data_ptr")),
+        *(getattr(Tensor, name) for name in ("dim", "size", "numel", "is_floating_point")),
         torch.is_floating_point,
         torch.numel,
     )
+)
+_PLACE_IN_THE_GRAPH = frozenset(
+    getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")
 )
 _PRODUCTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fastpeft
 from fastpeft.in_place.install import tuner_layers
 from fastpeft.layers.factored import FactoredWeight
+from fastpeft.ops import eager
 from tests.tolerance import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,7 +124,7 @@ def test_nothing_of_the_size_of_the_stack_or_of_an_expert_is_made(way):
     large |= {tuple(reversed(shape[-2:])) for shape in large} | {(4, 32, 96), (4, 48, 32)}
     found = []
     for model in (ours, theirs):
-        with Made() as made:
+        with eager.seen_through(), Made() as made:  # into our custom ops
             outcome(model)
         found.append(made.shapes & large)
     assert not found[0]
@@ -202,33 +203,136 @@ class Odd(nn.Module):
         return first + second + third + fourth + fifth + whole.abs().max() + len(whole)
 
 
-class Holder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.odd = Odd()
+class Spelled(Odd):
+    """Spells the products in other ways."""
 
     def forward(self, x):
-        return self.odd(x)
+        whole = self.weight
+        first = nn.functional.linear(input=x, weight=whole[0])
+        second = nn.functional.linear(x, bias=None, weight=whole[1])
+        third = torch.matmul(x, other=torch.transpose(whole[2], dim0=0, dim1=1))
+        fourth = torch.matmul(input=x, other=torch.t(input=whole[0]))
+        fifth = torch.empty(0)
+        with torch.no_grad():
+            torch.mm(x, whole[0].mT, out=fifth)
+        stack = x.expand(3, -1, -1)
+        sixth = torch.bmm(input=stack, mat2=whole.transpose(dim0=-2, dim1=-1)).sum(0)
+        ends = torch.arange(1, 4, dtype=torch.int32)
+        seventh = torch._grouped_mm(self.wide(x[:3]), whole.mT.new_ones(3, 8, 8), ends).mean()
+        return first + second + third + fourth + fifth + sixth + seventh + x[:, [0]] * whole.dim()
+
+    def wide(self, x):
+        return nn.functional.pad(x, (0, 3))
 
 
-def odd() -> nn.Module:
+class OwnProduct(torch.autograd.Function):
+    """A product as kernels of the module's own compute it, with the weight's gradient as a whole."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.einsum("ri,eoi->ro", x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = torch.einsum("ro,eoi->ri", dy, weight) if ctx.needs_input_grad[0] else None
+        whole = (dy.T @ x).expand(weight.shape) if ctx.needs_input_grad[1] else None
+        return dx, whole
+
+
+class WithOwnProduct(Odd):
+    """Hands the weight, and a part of it, to a Function of its own."""
+
+    def forward(self, x):
+        assert self.weight.requires_grad == torch.is_grad_enabled()
+        return OwnProduct.apply(x, self.weight) + OwnProduct.apply(x, self.weight[1:].mT.mT)
+
+
+class Holder(nn.Module):
+    def __init__(self, odd: nn.Module) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def forward(self, x, **kwargs):
+        return self.odd(x, **kwargs)
+
+
+def odd(kind: type[nn.Module] = Odd) -> nn.Module:
     torch.manual_seed(0)
-    return adapted(Holder(), target_parameters=["odd.weight"])
+    return adapted(Holder(kind()), target_parameters=["odd.weight"])
 
 
-def test_any_other_call_gets_the_sum():
-    ours, theirs = both(odd())
+def assert_same_training(ours: nn.Module, theirs: nn.Module, **options) -> None:
     x = torch.randn(4, 5)
     gradients = []
     for model in (ours, theirs):
-        y = model(x)
+        y = model(x, **options)
         gradients.append(
             [y, *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])]
         )
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_any_other_call_gets_the_sum():
+    ours, theirs = both(odd())
+    assert_same_training(ours, theirs)
     (reason,) = fastpeft.report(ours).reasons
     assert reason.startswith("weight + B A formed for ")
     assert {"mul", "einsum", "sum"} <= set(reason.removeprefix("weight + B A formed for ").split(", "))
+
+
+@pytest.mark.parametrize("kind", [Spelled, WithOwnProduct])
+def test_a_forward_of_another_kind(kind):
+    assert_same_training(*both(odd(kind)))
+    ours, theirs = both(odd(kind))
+    x = torch.randn(4, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_arrive_for_the_weight_as_a_whole():
+    tensors = [torch.randn(shape, dtype=torch.double) for shape in ((3, 6, 5), (3, 6, 2), (3, 2, 5), (4, 5))]
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def product(weight, left, right, x):
+        stand_in = FactoredWeight.of(weight, left, right, 0.7)
+        assert stand_in.requires_grad
+        assert not stand_in.is_leaf
+        return OwnProduct.apply(x, stand_in) + OwnProduct.apply(x, stand_in.transposed()[0].mT[None])
+
+    assert torch.autograd.gradcheck(product, leaves)
+
+
+def test_looked_at_without_gradients_first():
+    """As with any tensor that has a graph; PEFT keeps what the first look made of it."""
+    tensors = [torch.randn(shape, dtype=torch.double) for shape in ((3, 6, 5), (3, 6, 2), (3, 2, 5), (4, 5))]
+    x = tensors.pop()
+
+    def gradients(make) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        weight = make(*leaves)
+        with torch.no_grad():
+            size, part = weight.abs().max() + weight[0].sum(), weight[1]
+        y = (x @ weight[0].T + x @ part.T + weight.mean() + weight[1].sum()) * size
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    torch.testing.assert_close(
+        gradients(lambda *leaves: FactoredWeight.of(*leaves, 0.7)),
+        gradients(lambda weight, left, right: weight + 0.7 * left @ right),
+    )
+
+
+def test_no_adapter_names_are_no_argument_of_the_base():
+    assert_same_training(*both(odd()), adapter_names=None)
+
+
+def test_a_partition_of_zero_3_is_pefts():
+    ours, theirs = both(odd())
+    for model in (ours, theirs):
+        model.base_model.model.odd.get_base_layer().weight.ds_id = 0
+    assert_same_training(ours, theirs)
+    assert fastpeft.report(ours).reasons == {"weight is partitioned by DeepSpeed's ZeRO-3": 1}
 
 
 def test_a_forward_that_fails_leaves_the_parameter_in_its_place():
@@ -242,7 +346,7 @@ def test_a_forward_that_fails_leaves_the_parameter_in_its_place():
 
 
 def test_past_torch_functions_the_stand_in_refuses():
-    weight = FactoredWeight(torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4), 1.0)
+    weight = FactoredWeight.of(torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4), 1.0)
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(TypeError, match="stand-in"):
         torch.add(weight, 1)
 

@@ -24,6 +24,9 @@ def forward(
     keep_z: bool,
 ) -> Forward:
     """x is [tokens, in_features], ``scale`` DoRA's; everything else is as the ops take it."""
+    if scale is not None and not keep_z and scales_weight(x, weight, dropout):
+        W, B = scaled_rows(weight, lora_B, scale)
+        return forward(x, W, bias, lora_A, B, scaling, dropout, None, False)
     kept, k = x, 1.0
     if dropout is not None:
         kept = keep(x, keep_bits(x.shape, dropout.p, dropout.seed, x))
@@ -59,6 +62,12 @@ def backward(
     kept: Tensor | None,
 ) -> Gradients:
     """dy and kept (for ``need.dot``) are [tokens, out_features]."""
+    if scale is not None and scales_weight(dy, weight, dropout):
+        W, B = scaled_rows(weight, lora_B, scale)
+        result = backward(dy, x, W, lora_A, B, S, scaling, dropout, need, None, kept)
+        if result.B is not None:
+            result.B.mul_(scale.c[:, None])
+        return result
     result = Gradients()
     bits, k = None, 1.0
     if dropout is not None and (need.x or need.A):
@@ -93,6 +102,22 @@ def backward(
         assert kept is not None
         result.dot = feature_dot(dy, kept)
     return result
+
+
+def scales_weight(tokens: Tensor, weight: Tensor, dropout: Dropout | None = None) -> bool:
+    """Whether c is to scale the rows of W and B, DoRA being LoRA on them then, instead of y or dY.
+
+    It is as exact, and a pass over the smaller of two tensors, which is worth those over the factors from 1.5
+    tokens for each of in_features. A DoRA call, both ways, then took of the time without: at 2048 x 1024 x
+    4096, r=16, 0.89 in bf16 and 0.94 in fp32; at 1024 x 1024 x 1024, where it is not done, 1.07 and 1.01.
+    """
+    on_base = dropout is not None and dropout.on_base
+    return not on_base and 2 * tokens.shape[0] >= 3 * weight.shape[1]
+
+
+def scaled_rows(weight: Tensor, lora_B: Tensor, scale: RowScale) -> tuple[Tensor, Tensor]:
+    """Return ``c W`` in W's dtype and ``c B`` in fp32 (fp64)."""
+    return scale_features(weight.t(), scale).t(), lora_B * scale.c[:, None]
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ backward (``dA = dS^T x``) and one more for dx. Where another way than :mod:`fas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -72,6 +72,8 @@ def forward(
     zs: list[Tensor | None] = []
     for p, columns, z_is_kept in zip(projections, columns_of(projections), keep_z, strict=True):
         scale = scale_of(p)
+        if scale is not None and not z_is_kept and native.scales_weight(x, p.weight):
+            p, scale = _scaled(p, scale), None
         if scale is None or (scale.is_one and p.bias is not None):  # fastpeft.ops.ways.dora_forward says why
             ys.append(_product(x, p, p.bias, S[:, columns]))
             zs.append(_product(x, p, None, S[:, columns]) if z_is_kept else None)
@@ -83,6 +85,13 @@ def forward(
             y.add_(p.bias)
         ys.append(y)
     return Stacked(ys=ys, S=S, zs=zs)
+
+
+def _scaled(p: Projection, scale: RowScale) -> Projection:
+    """Return the projection whose LoRA is p's DoRA."""
+    assert p.lora_B is not None
+    weight, lora_B = native.scaled_rows(p.weight, p.lora_B, scale)
+    return replace(p, weight=weight, lora_B=lora_B, magnitude=None, norm=None)
 
 
 def _product(x: Tensor, p: Projection, bias: Tensor | None, S: Tensor) -> Tensor:
@@ -158,7 +167,11 @@ def backward_and_rank_gradient(
         results.append(result)
         if not (need.x or need.A or need.B):
             continue
-        if scale is not None:
+        factor: Tensor | None = None  # of dB's rows
+        lora_B_dtype = None if p.lora_B is None else p.lora_B.dtype
+        if scale is not None and native.scales_weight(g, p.weight):
+            p, factor = _scaled(p, scale), (p.scaling * scale.c)[:, None]
+        elif scale is not None:
             g = scale_features(g, scale, out=g if in_place else None)
         if need.x:
             dx = g @ p.weight if dx is None else dx.addmm_(g, p.weight)
@@ -168,7 +181,10 @@ def backward_and_rank_gradient(
             if need.B:
                 # S^T g, not g^T S: half the time at r = 16 (fastpeft.ops.native).
                 dB = (S[:, columns].t() @ g).t().contiguous()
-                result.lora_B = scaled_cast(dB, p.scaling, p.lora_B.dtype)
+                if factor is None:
+                    result.lora_B = scaled_cast(dB, p.scaling, p.lora_B.dtype)
+                else:
+                    result.lora_B = (dB * factor).to(lora_B_dtype)
     if dx is not None:
         _add_adapters(dx, dS, projections, ps, seeds)
     if x is not None:

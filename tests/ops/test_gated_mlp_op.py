@@ -228,18 +228,18 @@ def test_dropout_is_drawn_again_in_backward(dtype, backend):
 @pytest.mark.parametrize("ps", [[0.3, 0.6, 0.0], [0.0, 0.0, 0.4], [0.2, 0.2, 0.5]], ids=str)
 def test_every_projection_may_have_a_probability_of_its_own(ps, backend):
     x, projections = problem(
-        (4, 25), 16, 12, 9, [(4, LORA, True), (2, DORA, False), (3, LORA, False)], torch.float32
+        (4, 25), 40, 60, 44, [(4, LORA, True), (2, DORA, False), (3, LORA, False)], torch.float32
     )
-    masks = blocks.dropout_masks([(4, 25, 16), (4, 25, 16), (4, 25, 12)], ps, 7, torch.float32, backend)
+    masks = blocks.dropout_masks([(4, 25, 40), (4, 25, 40), (4, 25, 60)], ps, 7, torch.float32, backend)
     check(x, projections, masks, seed=7, dropout_p=ps, dropout_on_base=False)
 
 
 @with_triton
 def test_dropout_on_adapters_only(backend):
     kinds = [(4, LORA, True), (2, DORA, False), (3, DORA, False)]
-    x, projections = problem((4, 25), 16, 12, 9, kinds, torch.float32)
+    x, projections = problem((4, 25), 40, 60, 44, kinds, torch.float32)
     masks = blocks.dropout_masks(
-        [(4, 25, 16), (4, 25, 16), (4, 25, 12)], [0.3] * 3, 7, torch.float32, backend
+        [(4, 25, 40), (4, 25, 40), (4, 25, 60)], [0.3] * 3, 7, torch.float32, backend
     )
     check(x, projections, masks, seed=7, dropout_p=0.3, dropout_on_base=False)
 

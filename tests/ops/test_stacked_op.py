@@ -234,10 +234,10 @@ def test_dropout_is_drawn_again_in_backward(dtype, backend):
 
 @with_triton
 def test_every_projection_may_have_a_probability_of_its_own(backend):
-    shapes = [(12, 4, LORA, True), (8, 3, DORA, False), (8, 2, LORA, False)]
-    x, projections = problem((4, 25), 16, shapes, torch.float32)
+    shapes = [(60, 4, LORA, True), (44, 3, DORA, False), (44, 2, LORA, False)]
+    x, projections = problem((4, 25), 40, shapes, torch.float32)
     ps = [0.3, 0.6, 0.0]
-    masks = blocks.dropout_masks([(4, 25, 16)] * 3, ps, 7, torch.float32, backend)
+    masks = blocks.dropout_masks([(4, 25, 40)] * 3, ps, 7, torch.float32, backend)
     check(x, projections, masks, seed=7, dropout_p=ps, dropout_on_base=False)
     with pytest.raises(fastpeft.ShapeError, match="expected one probability, or 3"):
         stacked_linear(x, projections, dropout_p=ps[:2])
@@ -245,8 +245,8 @@ def test_every_projection_may_have_a_probability_of_its_own(backend):
 
 @with_triton
 def test_dropout_on_adapters_only(backend):
-    x, projections = problem((4, 25), 16, [(12, 4, DORA, True), (8, 2, LORA, False)], torch.float32)
-    masks = blocks.dropout_masks([(4, 25, 16)] * 2, [0.3] * 2, 7, torch.float32, backend)
+    x, projections = problem((4, 25), 40, [(60, 4, DORA, True), (44, 2, LORA, False)], torch.float32)
+    masks = blocks.dropout_masks([(4, 25, 40)] * 2, [0.3] * 2, 7, torch.float32, backend)
     check(x, projections, masks, seed=7, dropout_p=0.3, dropout_on_base=False)
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft.ops.eager import is_transformed
 from fastpeft.ops.grouped import grouped_lora
 from fastpeft.ops.lora import lora_linear
 
@@ -58,7 +59,28 @@ class FactoredWeight(Tensor):
         recording = torch.is_grad_enabled()
         if not recording:
             weight, left, right = map(_without_gradient, (weight, left, right))
-        return _StandIn.apply(weight, left, right, scaling, formed_for, recording)  # type: ignore[no-any-return, no-untyped-call]
+        given = (weight, left, right, scaling, formed_for, recording)
+        if is_transformed():  # which sees no Function without rules of its own; the products it does
+            return cls._wrapping(*given)
+        return _StandIn.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+
+    @classmethod
+    def _wrapping(
+        cls,
+        weight: Tensor,
+        left: Tensor,
+        right: Tensor,
+        scaling: float,
+        formed_for: list[str],
+        recording: bool,
+    ) -> FactoredWeight:
+        self: FactoredWeight = Tensor._make_wrapper_subclass(
+            cls, weight.size(), strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+        self.weight, self.left, self.right, self.scaling = weight, left, right, scaling
+        self.formed_for, self.recording = formed_for, recording
+        self._sum = self._experts = None
+        return self
 
     def formed(self, call: str) -> Tensor:
         """Return the sum, for a call that no product here stands for."""
@@ -136,15 +158,9 @@ class _StandIn(torch.autograd.Function):
         formed_for: list[str],
         recording: bool,
     ) -> FactoredWeight:
-        made: FactoredWeight = Tensor._make_wrapper_subclass(
-            FactoredWeight, weight.size(), strides=weight.stride(), dtype=weight.dtype, device=weight.device
-        )
-        made.weight, made.left, made.right, made.scaling = weight, left, right, scaling
-        made.formed_for, made.recording = formed_for, recording
-        made._sum = made._experts = None
         ctx.save_for_backward(left, right)
         ctx.scaling = scaling
-        return made
+        return FactoredWeight._wrapping(weight, left, right, scaling, formed_for, recording)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

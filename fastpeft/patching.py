@@ -22,6 +22,7 @@ from fastpeft.errors import BackendError, PatchError
 from fastpeft.in_place import install
 from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.kinds import is_quantised
+from fastpeft.layers.packed_4bit import keep_unpacked
 from fastpeft.methods.linears import adapter_layers
 from fastpeft.methods.method import Plan
 from fastpeft.methods.registry import as_config, is_ours, method_of
@@ -78,8 +79,14 @@ def _accelerate(model: ModelT, config: Any) -> ModelT:
     if find_state(model) is not None:
         raise PatchError(f"this {type(model).__name__} is already patched by fastpeft; unpatch it first")
     install.accelerate(model, fuse_blocks, release_blocks)
+    _keep_unpacked(model)
     logger.info("fastpeft: %s", report(model).summary())
     return model
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    for module in model.modules():  # those without an adapter too, which have gradients to pass on
+        keep_unpacked(module)
 
 
 def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
@@ -103,6 +110,7 @@ def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatche
     saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
     trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
     _carry_out(model, config, adapter_name, plan, trained)
+    _keep_unpacked(model)
     logger.info("fastpeft: %s", report(model).summary())
     return model
 

@@ -41,7 +41,10 @@ def image() -> dict[str, Tensor]:
 
 
 def image_and_text() -> dict[str, Tensor]:
-    return {"input_ids": _ids(), "pixel_values": _pixels()}
+    """A text's features are those of its end, the largest id: the first token attends to nothing."""
+    ids = _ids()
+    ids[:, -1] = VOCABULARY - 1
+    return {"input_ids": ids, "pixel_values": _pixels()}
 
 
 def speech() -> dict[str, Tensor]:

@@ -8,11 +8,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 VOCABULARY = 64
 
 
-def llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:
+def llama(
+    dtype: torch.dtype = torch.float32, *, tied: bool = False, hidden: int = 32, intermediate: int = 48
+) -> LlamaForCausalLM:
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=48,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -13,15 +13,19 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, Per
 from tests.models import llama
 
 
-def nf4(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> nn.Module:
+def nf4(
+    dtype: torch.dtype, storage: torch.dtype = torch.uint8, *, packs: bool = False, nested: bool = True
+) -> nn.Module:
     """4-bit normal floats, as QLoRA's."""
 
     def convert(linear: nn.Linear) -> nn.Module:
-        how = {"quant_type": "nf4", "quant_storage": storage}
+        how = {"quant_type": "nf4", "quant_storage": storage, "compress_statistics": nested}
         made = bitsandbytes.nn.Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, **how
         )
         made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
+        if not packs:
+            made.support_avx512bf16_for_cpu = False  # PEFT's side too: fastpeft.layers.packed_4bit
         return made.to("cpu")
 
     model = _converted(dtype, convert)
@@ -53,14 +57,14 @@ def int8(dtype: torch.dtype) -> nn.Module:
 
 def torchao_int8(dtype: torch.dtype) -> nn.Module:
     """torchao's weight-only int8: plain linears whose weight is a tensor subclass."""
-    model = llama(dtype, hidden=64)
+    model = llama(dtype, hidden=64, intermediate=128)
     quantize_(model.model.layers, Int8WeightOnlyConfig())
     return model
 
 
 def torchao_int4(dtype: torch.dtype) -> nn.Module:
     """The weight-only int4 of torchao that CPUs have (PEFT refuses that of ``Int4WeightOnlyConfig``)."""
-    model = llama(dtype, hidden=64)
+    model = llama(dtype, hidden=64, intermediate=128)
     quantize_(model.model.layers, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)))
     return model
 
@@ -86,7 +90,7 @@ def dequantised(model: nn.Module) -> nn.Module:
 
 
 def _converted(dtype: torch.dtype, convert) -> nn.Module:
-    model = llama(dtype, hidden=64)
+    model = llama(dtype, hidden=64, intermediate=128)
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in parent.named_children():

@@ -76,8 +76,9 @@ def targets(name: str) -> tuple[str, ...]:
 
 
 def in_peft(name: str, use_dora: bool) -> PeftModel:
+    names = list(targets(name))  # draws, the first time
     torch.manual_seed(5)
-    config = LoraConfig(r=4, target_modules=list(targets(name)), init_lora_weights=False, use_dora=use_dora)
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, use_dora=use_dora)
     model = get_peft_model(plain(name), config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

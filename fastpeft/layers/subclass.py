@@ -15,6 +15,7 @@ from fastpeft.layers.adapter import AdapterMixin
 from fastpeft.layers.embedding import EmbeddingMixin
 from fastpeft.layers.kinds import is_quantised
 from fastpeft.layers.linear import LinearMixin
+from fastpeft.layers.packed_4bit import keep_unpacked
 
 
 class _OwnForward(AdapterMixin):
@@ -71,6 +72,7 @@ def _rebuild(kind: type[nn.Module]) -> AdapterMixin:
 
 def numbers_of(layer: Any) -> Tensor:
     """Return a linear's weight [out_features, in_features] as numbers; bitsandbytes' is packed."""
+    keep_unpacked(layer)
     weight: Any = layer.weight
     if (state := getattr(weight, "quant_state", None)) is not None:  # stored in floats too, where so wished
         numbers = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)

@@ -24,8 +24,8 @@ SHAPES = [
     pytest.param(64, 64, 96, 16, id="even-r16"),
     pytest.param(70, 63, 45, 40, id="r40-two-rank-tiles"),
     pytest.param(20, 40, 35, 130, id="r130-above-in-and-out"),
-    # Wide: over 17 columns the ratio of two rounding errors is chance and differs from one BLAS to the next.
-    pytest.param(1, 33, 170, 8, id="one-token"),
+    # Wide: over 17 columns or 8 ranks the ratio of two rounding errors is chance, each BLAS has another.
+    pytest.param(1, 33, 170, 72, id="one-token"),
 ]
 
 

@@ -48,6 +48,11 @@ def seeded(p: DoraProblem, seed: int | None) -> tuple[DoraProblem, Tensor | None
     return (p if tensor is None else with_dropout(p, tensor)), tensor
 
 
+def vendor_multiplies(p: DoraProblem) -> None:
+    """Drop what the vendor cannot: oneDNN on AMX reads past the rows of a strided x with odd K, NaN there."""
+    assume(torch.equal((p.x @ p.weight.T).double(), p.x.double() @ p.weight.double().T))
+
+
 def contiguous(tensor: Tensor) -> Tensor:
     """A copy that a kernel may write over, in a buffer that starts where a launcher's would."""
     return launch.empty(tuple(tensor.shape), tensor.dtype, tensor).copy_(tensor)
@@ -56,6 +61,7 @@ def contiguous(tensor: Tensor) -> Tensor:
 @exactly
 @given(p=problems(tokens=tokens, dora=False), seed=seeds)
 def test_lora_over_the_vendors_product(p: DoraProblem, seed: int | None) -> None:
+    vendor_multiplies(p)
     p, tensor = seeded(p, seed)
     reference = evaluate(p.to(torch.float64))
     dS = (p.dy.double() @ p.lora_B.double()) * p.scaling
@@ -71,6 +77,7 @@ def test_lora_over_the_vendors_product(p: DoraProblem, seed: int | None) -> None
 @exactly
 @given(p=problems(tokens=tokens, dora=True), seed=seeds)
 def test_dora_over_the_vendors_product(p: DoraProblem, seed: int | None) -> None:
+    vendor_multiplies(p)
     p, tensor = seeded(p, seed)
     rest = (p.bias, p.lora_A, p.lora_B, p.magnitude, p.norm, p.scaling, p.dropout_p, tensor)
     with untouched(p, tensor):

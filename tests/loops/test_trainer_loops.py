@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastpeft
 from tests.in_place.cases import peft_model
 from tests.models import llama, tokens
+from tests.tolerance import assert_within_rule
 
 ROWS = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
 methods = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -37,8 +38,25 @@ def _quiet():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(model, folder, *, steps: int = 4, resume: bool = False, **options) -> dict[str, list[float]]:
-    """The losses of every step, and those of every evaluation."""
+class FirstGradient(TrainerCallback):
+    """Keeps the gradient that the first step is made of, in one vector."""
+
+    def __init__(self) -> None:
+        self.found: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if self.found:
+            return
+        gradients = {
+            name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+        self.found.append(torch.cat([gradients[name].flatten().clone() for name in sorted(gradients)]))
+
+
+def train(model, folder, *, steps: int = 4, resume: bool = False, **options) -> dict[str, list[Any]]:
+    """The losses of every step, those of every evaluation, and the first gradient."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -52,10 +70,14 @@ def train(model, folder, *, steps: int = 4, resume: bool = False, **options) -> 
         disable_tqdm=True,
         **options,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    first = FirstGradient()
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[first]
+    )
     trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history
-    return {name: [e[name] for e in history if name in e] for name in ("loss", "eval_loss", "grad_norm")}
+    logged = {name: [e[name] for e in history if name in e] for name in ("loss", "eval_loss", "grad_norm")}
+    return {**logged, "gradient": first.found}
 
 
 def ours(use_dora: bool, in_place: bool) -> nn.Module:
@@ -83,7 +105,7 @@ LOOPS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def pefts(use_dora: bool, loop: str) -> dict[str, list[float]]:
+def pefts(use_dora: bool, loop: str) -> dict[str, list[Any]]:
     """What PEFT's own model gives in a loop."""
     model, options = peft_model(use_dora=use_dora), LOOPS[loop]
     if "gradient_checkpointing" in options:
@@ -92,19 +114,19 @@ def pefts(use_dora: bool, loop: str) -> dict[str, list[float]]:
         return train(model, folder, **options)
 
 
-def assert_alike(found: dict[str, list[float]], expected: dict[str, list[float]], rel: float) -> None:
+def assert_alike(found: dict[str, list[Any]], expected: dict[str, list[Any]], rel: float) -> None:
     assert len(expected["loss"]) == 4
-    for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=rel), name
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=rel), name
 
 
-def assert_alike_in_bf16(found: dict[str, list[float]], use_dora: bool, loop: str) -> None:
-    """Losses to rounding; the first gradient by the 2x rule, against that of fp32."""
+def assert_alike_in_bf16(found: dict[str, list[Any]], use_dora: bool, loop: str) -> None:
+    """Losses to rounding; the first gradient by the 2x rule, against fp32's."""
     expected, exact = pefts(use_dora, loop), pefts(use_dora, "plain")
     for name in ("loss", "eval_loss"):
         assert found[name] == pytest.approx(expected[name], rel=2e-2), name
-    right = exact["grad_norm"][0]
-    assert abs(found["grad_norm"][0] - right) <= 2 * abs(expected["grad_norm"][0] - right)
+    gradients = (each["gradient"][0] for each in (found, exact, expected))
+    assert_within_rule(*gradients, "first gradient")
 
 
 @ways

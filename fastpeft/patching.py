@@ -78,15 +78,17 @@ def _accelerate(model: ModelT, config: Any) -> ModelT:
         )
     if find_state(model) is not None:
         raise PatchError(f"this {type(model).__name__} is already patched by fastpeft; unpatch it first")
-    install.accelerate(model, fuse_blocks, release_blocks)
     _keep_unpacked(model)
+    install.accelerate(model, fuse_blocks, release_blocks)
     logger.info("fastpeft: %s", report(model).summary())
     return model
 
 
-def _keep_unpacked(model: nn.Module) -> None:
-    for module in model.modules():  # those without an adapter too, which have gradients to pass on
-        keep_unpacked(module)
+def _keep_unpacked(*roots: nn.Module) -> None:
+    """Of all linears, for those without an adapter have gradients to pass on too; the numbers stay."""
+    for root in roots:
+        for module in root.modules():
+            keep_unpacked(module)
 
 
 def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatched: bool) -> ModelT:
@@ -109,8 +111,8 @@ def apply_patch(model: ModelT, config: Any, adapter_name: str, *, allow_unmatche
     plan = method_of(config).plan(model, config, adapter_name, allow_unmatched=allow_unmatched)
     saved = _modules_to_save(model, config, allow_unmatched=allow_unmatched)
     trained = {path: copy.deepcopy(module).requires_grad_(True) for path, module in saved.items()}
+    _keep_unpacked(model, *plan.replacements.values())
     _carry_out(model, config, adapter_name, plan, trained)
-    _keep_unpacked(model)
     logger.info("fastpeft: %s", report(model).summary())
     return model
 

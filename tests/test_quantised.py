@@ -243,3 +243,17 @@ def test_training_after_an_evaluation(use_dora, nested, in_place, evaluated, tmp
     losses, right = train(found), train(expected)
     assert losses[:1] == pytest.approx(right[:1], rel=1e-3 if rounded else 1e-6)
     assert losses == pytest.approx(right, rel=0.05 if rounded else 1e-5)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights on CPUs with bf16 arithmetic")
+def test_nothing_is_packed_again_after_unpatching():
+    base = nf4(torch.float32, packs=True)
+    before = logits(nf4(torch.float32))
+    lost = base.model.layers[0].mlp.up_proj  # its weight's class, as FSDP's sharding does
+    lost.quant_state = lost.weight.quant_state
+    lost.weight = torch.nn.Parameter(lost.weight.data, requires_grad=False)
+    fastpeft.unpatch(fastpeft.patch(base, fastpeft.LoRA(r=2, target_modules=["q_proj"])))
+    assert torch.equal(logits(base), before)
+    states = [m.weight.quant_state for m in base.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert len(states) == 14
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)

@@ -18,6 +18,7 @@ that gradients arrive which an ``autograd.Function`` of the forward's own comput
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,8 +88,7 @@ class FactoredWeight(Tensor):
         if self._sum is None:
             self.formed_for.append(call)
             add = torch.addmm if self.weight.dim() == 2 else torch.baddbmm
-            off = torch.autocast(self.weight.device.type, enabled=False)  # of W itself, not of a copy
-            with off, torch.set_grad_enabled(self.recording):
+            with _without_autocast(self.weight.device.type), torch.set_grad_enabled(self.recording):
                 left, right = (factor.to(self.weight.dtype) for factor in (self.left, self.right))
                 self._sum = add(self.weight, left, right, alpha=self.scaling)
         return self._sum
@@ -159,17 +159,26 @@ class _StandIn(torch.autograd.Function):
         recording: bool,
     ) -> FactoredWeight:
         ctx.save_for_backward(left, right)
+        ctx.set_materialize_grads(False)
         ctx.scaling = scaling
         return FactoredWeight._wrapping(weight, left, right, scaling, formed_for, recording)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return g, s g R^T and s L^T g."""
+        if g is None:
+            return (None,) * 6
         left, right = ctx.saved_tensors
         need_weight, need_left, need_right, *_ = ctx.needs_input_grad
         d_left = (ctx.scaling * (g @ right.to(g.dtype).mT)).to(left.dtype) if need_left else None
         d_right = (ctx.scaling * (left.to(g.dtype).mT @ g)).to(right.dtype) if need_right else None
         return g if need_weight else None, d_left, d_right, None, None, None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Of W itself, not of a copy in another dtype."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _without_gradient(t: Tensor) -> Tensor:
@@ -179,15 +188,17 @@ def _without_gradient(t: Tensor) -> Tensor:
 # Handlers return NotImplemented for what is no product, or not spelled as one: torch is handed the sum then.
 
 
-def _linear(_func: Any, x: Any = None, weight: Any = None, bias: Any = None, **others: Any) -> Any:
-    if others or not _is_product_of(x, weight, dim=2) or isinstance(bias, FactoredWeight):
+def _linear(
+    _func: Any, x: Any = None, weight: Any = None, bias: Any = None, *more: Any, **others: Any
+) -> Any:
+    if more or others or not _is_product_of(x, weight, dim=2) or isinstance(bias, FactoredWeight):
         return NotImplemented
     return lora_linear(x, weight.weight, bias, weight.right, weight.left, scaling=weight.scaling)
 
 
-def _matmul(func: Any, a: Any = None, b: Any = None, **others: Any) -> Any:
+def _matmul(func: Any, a: Any = None, b: Any = None, *more: Any, **others: Any) -> Any:
     """``a @ b``, either of which is the weight."""
-    if others:
+    if more or others:
         return NotImplemented
     if _is_product_of(a, b, dim=2):  # x W, of which the stored W is the transposed weight of a linear
         return lora_linear(a, b.weight.mT, None, b.left.mT, b.right.mT, scaling=b.scaling)
@@ -232,7 +243,7 @@ def _index(_func: Any, weight: Any, index: Any) -> Any:
         return NotImplemented
     if isinstance(index, int):
         return weight.expert(index)
-    integral = isinstance(index, Tensor) and not (index.is_floating_point() or index.dtype is torch.bool)
+    integral = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)  # uint8 is a mask
     if not integral or index.dim() > 1:
         return NotImplemented
     return weight.gathered(index) if index.dim() else weight.expert(int(index))

@@ -20,11 +20,11 @@ def keep_unpacked(layer: Any) -> None:
     if not attributes.get(PACKS):
         return
     attributes[PACKS] = False
-    weight = layer.weight
-    state = weight.quant_state
+    # The module's where the weight lost its class, as FSDP makes of it.
+    state = getattr(layer.weight, "quant_state", None) or attributes.get("quant_state")
     if getattr(state, "packing_format_for_cpu", False):
         packed_absmax = state.absmax
         unpack = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
-        weight.data, weight.quant_state = unpack(weight.data, state)
+        layer.weight.data, state = unpack(layer.weight.data, state)  # the same state, changed
         if not state.nested:  # which bitsandbytes leaves transposed, in bf16
-            weight.quant_state.absmax = packed_absmax.T.reshape(-1).float()
+            state.absmax = packed_absmax.T.reshape(-1).float()

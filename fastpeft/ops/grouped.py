@@ -77,7 +77,7 @@ def _by_reference(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 6
     x, weight, left, right, offs, _S = ctx.saved_tensors
     need_x, _, need_left, need_right, *_ = ctx.needs_input_grad
-    x = saved_x(x, dy, weight.shape[1], (need_left,))
+    x = saved_x(x, dy, weight.shape[1], (need_left, need_right))
 
     def formula(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor]:
         return (_grouped_lora_reference(x, weight, left, right, offs, ctx.scaling),)

@@ -24,7 +24,7 @@ def forward(
     keep_z: bool,
 ) -> Forward:
     """x is [tokens, in_features], ``scale`` DoRA's; everything else is as the ops take it."""
-    if scale is not None and not keep_z and scales_weight(x, weight, dropout):
+    if scale is not None and scales_weight_forward(x, weight, bias, dropout):
         W, B = scaled_rows(weight, lora_B, scale)
         return forward(x, W, bias, lora_A, B, scaling, dropout, None, False)
     kept, k = x, 1.0
@@ -112,7 +112,16 @@ def scales_weight(tokens: Tensor, weight: Tensor, dropout: Dropout | None = None
     4096, r=16, 0.89 in bf16 and 0.94 in fp32; at 1024 x 1024 x 1024, where it is not done, 1.07 and 1.01.
     """
     on_base = dropout is not None and dropout.on_base
-    return not on_base and 2 * tokens.shape[0] >= 3 * weight.shape[1]
+    # In fp16, c W could be too small and S^T dY, which c comes to later, too large.
+    is_fit = tokens.is_cpu and tokens.dtype is not torch.float16 and not on_base
+    return is_fit and 2 * tokens.shape[0] >= 3 * weight.shape[1]
+
+
+def scales_weight_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None = None
+) -> bool:
+    """:func:`scales_weight` in a forward: not where training keeps z, whose y is to have the same bits."""
+    return bias is None and scales_weight(x, weight, dropout)
 
 
 def scaled_rows(weight: Tensor, lora_B: Tensor, scale: RowScale) -> tuple[Tensor, Tensor]:

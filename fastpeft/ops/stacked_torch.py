@@ -72,7 +72,7 @@ def forward(
     zs: list[Tensor | None] = []
     for p, columns, z_is_kept in zip(projections, columns_of(projections), keep_z, strict=True):
         scale = scale_of(p)
-        if scale is not None and not z_is_kept and native.scales_weight(x, p.weight):
+        if scale is not None and native.scales_weight_forward(x, p.weight, p.bias):
             p, scale = _scaled(p, scale), None
         if scale is None or (scale.is_one and p.bias is not None):  # fastpeft.ops.ways.dora_forward says why
             ys.append(_product(x, p, p.bias, S[:, columns]))

@@ -304,6 +304,24 @@ def test_gradients_that_arrive_for_the_weight_as_a_whole():
     assert torch.autograd.gradcheck(product, leaves)
 
 
+def test_no_gradient_for_the_weight_is_none_for_the_factors():
+    class Frozen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(weight)
+            return x @ weight[0].T
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy @ ctx.saved_tensors[0][0], None
+
+    weight, left, right = (torch.randn(shape).requires_grad_() for shape in ((3, 6, 5), (3, 6, 2), (3, 2, 5)))
+    x = torch.randn(4, 5, requires_grad=True)
+    Frozen.apply(x, FactoredWeight.of(weight, left, right, 0.7)).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(4, 6) @ (weight + 0.7 * left @ right)[0])
+    assert weight.grad is left.grad is right.grad is None
+
+
 def test_looked_at_without_gradients_first():
     """As with any tensor that has a graph; PEFT keeps what the first look made of it."""
     tensors = [torch.randn(shape, dtype=torch.double) for shape in ((3, 6, 5), (3, 6, 2), (3, 2, 5), (4, 5))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.saved import count
+from fastpeft.errors import BackendError
 from fastpeft.ops.grouped import grouped_lora
 from tests.tolerance import assert_within_rule
 
@@ -109,6 +110,23 @@ def test_second_derivatives(r):
     exact = penalty(reference, torch.float64)
     for found, expected, baseline in zip(penalty(ours), exact, penalty(reference), strict=True):
         assert_within_rule(found, expected, baseline, "second derivative")
+
+
+@pytest.mark.parametrize("trained", [(0, 3), (3,), (0, 2), (2, 3)], ids=str)
+def test_first_gradients_on_the_way_to_second_ones(trained):
+    """x is not kept where only the right factor trains: the second derivative is refused, not 0."""
+    tensors, offs = problem((40, 24), 3, torch.float32, torch.float32)
+    for i in trained:
+        tensors[i].requires_grad_()
+    leaves = [tensors[i] for i in trained]
+    loss = ours(*tensors, offs)[: offs[-1]].square().sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    expected = torch.autograd.grad(reference(*tensors, offs).square().sum(), leaves)
+    for found, right in zip(first, expected, strict=True):
+        torch.testing.assert_close(found[: offs[-1]], right[: offs[-1]], rtol=1e-4, atol=1e-3)
+    if 3 in trained and 2 not in trained:
+        with pytest.raises(BackendError, match="x is not kept"):
+            sum(g.square().sum() for g in first).backward()
 
 
 def test_under_torch_func():

@@ -150,18 +150,12 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        left: Tensor,
-        right: Tensor,
-        scaling: float,
-        formed_for: list[str],
-        recording: bool,
+        ctx: Any, weight: Tensor, left: Tensor, right: Tensor, scaling: float, *rest: Any
     ) -> FactoredWeight:
         ctx.save_for_backward(left, right)
         ctx.set_materialize_grads(False)
         ctx.scaling = scaling
-        return FactoredWeight._wrapping(weight, left, right, scaling, formed_for, recording)
+        return FactoredWeight._wrapping(weight, left, right, scaling, *rest)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:

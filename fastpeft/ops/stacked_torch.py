@@ -167,24 +167,22 @@ def backward_and_rank_gradient(
         results.append(result)
         if not (need.x or need.A or need.B):
             continue
-        factor: Tensor | None = None  # of dB's rows
-        lora_B_dtype = None if p.lora_B is None else p.lora_B.dtype
+        lora_B, c = p.lora_B, None
         if scale is not None and native.scales_weight(g, p.weight):
-            p, factor = _scaled(p, scale), (p.scaling * scale.c)[:, None]
+            p, c = _scaled(p, scale), scale.c  # which dB takes on when it is small
         elif scale is not None:
             g = scale_features(g, scale, out=g if in_place else None)
         if need.x:
             dx = g @ p.weight if dx is None else dx.addmm_(g, p.weight)
-        if p.lora_B is not None:
+        if lora_B is not None and p.lora_B is not None:
             if need.x or need.A:
                 torch.mm(g, scaled_cast(p.lora_B, p.scaling, dtype), out=dS[:, columns])
             if need.B:
                 # S^T g, not g^T S: half the time at r = 16 (fastpeft.ops.native).
                 dB = (S[:, columns].t() @ g).t().contiguous()
-                if factor is None:
-                    result.lora_B = scaled_cast(dB, p.scaling, p.lora_B.dtype)
-                else:
-                    result.lora_B = (dB * factor).to(lora_B_dtype)
+                if c is not None:
+                    dB = dB * c[:, None]
+                result.lora_B = scaled_cast(dB, p.scaling, lora_B.dtype)
     if dx is not None:
         _add_adapters(dx, dS, projections, ps, seeds)
     if x is not None:

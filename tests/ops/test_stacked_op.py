@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.ops import packed
+from fastpeft.ops import native, packed, stacked_torch
 from fastpeft.ops.projections import linear, with_norm
 from fastpeft.ops.stacked import stacked_linear, stacked_linear_reference
 from tests.device import DEVICE
@@ -259,6 +259,24 @@ def test_dora_with_dropout_is_the_single_ops():
     want = run(lambda x, ps: tuple(linear(x, p, 0.3) for p in ps), x, projections)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("backend", ["torch-native"], indirect=True)
+@pytest.mark.parametrize("tokens", [50, 100])
+def test_with_many_tokens_c_scales_the_weight(tokens, backend, monkeypatch):
+    """Of DoRA alone, forward and backward; y and dY, which are larger then, have no pass of their own."""
+    x, projections = problem((tokens,), 40, [(60, 4, DORA, False), (44, 2, LORA, False)], torch.float32)
+    passes = []
+    for module in (native, stacked_torch):
+        original = module.scale_features
+
+        def spy(y, *args, original=original, **options):
+            passes.append(tuple(y.shape))
+            return original(y, *args, **options)
+
+        monkeypatch.setattr(module, "scale_features", spy)
+    run(stacked_linear, x, projections)
+    assert passes == 2 * [(40, 60) if tokens == 100 and x.is_cpu else (tokens, 60)]
 
 
 def test_half_of_the_elements_are_dropped_and_the_mean_is_kept():
